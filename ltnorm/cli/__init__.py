@@ -1,0 +1,86 @@
+"""The command line: each command parses, calls, prints, and ends with an exit code.
+
+Commands import what they need when they run, so that `--help`, `list`, `prepare` and `compare`
+never load torch.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from ltnorm import __version__
+from ltnorm.cli import catalogue, compare, evaluate, prepare, train
+from ltnorm.console import Output
+from ltnorm.errors import LtnormError
+
+app = typer.Typer(
+    name="ltnorm",
+    help="Does the choice of normalization layer help the rare classes?",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command("prepare")(prepare.command)
+app.command("train")(train.command)
+app.command("eval")(evaluate.command)
+app.command("compare")(compare.command)
+app.command("list")(catalogue.command)
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"ltnorm {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0 success, 1 the run failed, 2 usage, 3 nothing found, 130 Ctrl-C, 143 SIGTERM. An expected
+    failure prints one `error:` and one `hint:` line; LTNORM_DEBUG=1 adds the traceback.
+    """
+    try:
+        arguments = sys.argv[1:] if arguments is None else list(arguments)
+        code = app(args=arguments, prog_name="ltnorm", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except LtnormError as error:
+        return _fail(error.message, error.hint, error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", "finished runs are kept; the same command goes on", 130)
+    except BrokenPipeError:
+        # The reader of a pipe has gone, `| head` say. Nothing more can be said on stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        return _fail("out of memory", "try a smaller --batch-size or --model", 1)
+    except Exception as error:
+        # Typer's own usage errors, told by what they offer: its click is vendored and private.
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            return 0
+        message = error.format_message().rstrip(".")
+        return _fail(message[:1].lower() + message[1:], _usage_hint(error), 2)
+
+
+def _usage_hint(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "ltnorm"
+    return f"`{path} --help` lists what it takes"
+
+
+def _fail(message: str, hint: str, code: int) -> int:
+    if os.environ.get("LTNORM_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()
+    err = Output().err
+    for kind, text in (("error", message), ("hint", hint)):
+        err.print(f"{kind}: {' '.join(text.split())}", markup=False, soft_wrap=True)
+    return code

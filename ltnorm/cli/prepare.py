@@ -1,0 +1,117 @@
+"""`ltnorm prepare`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from ltnorm.cli import options
+from ltnorm.console import Output
+
+_BAR = 32
+
+
+def command(
+    dataset: options.Dataset = None,
+    ratio: options.Ratio = None,
+    profile: options.Profile = None,
+    n_max: options.NMax = None,
+    val: options.Val = None,
+    class_order: options.ClassOrder = None,
+    data_seed: options.DataSeed = None,
+    set_: options.Set = None,
+    recipe: options.Recipe = None,
+    root: options.Root = options.ROOT,
+    data_dir: options.DataDir = options.DATA_DIR,
+    download: Annotated[
+        bool,
+        typer.Option("--download/--no-download", help="Whether raw data may be downloaded."),
+    ] = True,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Build a long-tailed image set, check it, and print its classes and groups.
+
+    The only command that may use the network. A second call finds the set and checks it.
+
+    `ltnorm prepare --dataset cifar10 --ratio 100`
+    """
+    from ltnorm import recipe as recipes
+    from ltnorm.data import prepare as preparing
+    from ltnorm.data import report_groups
+
+    output = Output(quiet=quiet, json=json)
+    flags = data_flags(dataset, ratio, profile, n_max, val, class_order, data_seed)
+    base = recipes.read(recipe) if recipe else {"dataset": {}}
+    # Only the data matters here; other sections may name what this machine cannot even import.
+    only_data = {"dataset": base.get("dataset", {})}
+    wanted = recipes.Overrides(flags, set_ or ())
+    spec = recipes.resolve(only_data, wanted)[0].dataset
+    if download:
+        output.note(f"looking for {spec.name} in {root}")
+    prepared = preparing.prepare(spec, root, data_dir, download=download, force=force)
+    if not prepared.fresh:
+        prepared.check()
+    scheme, groups = report_groups(prepared.counts)
+    output.product(_table(prepared, scheme, groups))
+    done = "written to" if prepared.fresh else "is up to date in"
+    train, test = sum(prepared.counts), "and the whole test set"
+    output.note(f"{prepared.set_id}: {train:,} training images {test}, {done} {prepared.path}")
+    output.document(_document(prepared, scheme, groups))
+
+
+def data_flags(
+    dataset: str | None,
+    ratio: float | None,
+    profile: str | None,
+    n_max: int | None,
+    val: int | None,
+    class_order: str | None,
+    data_seed: int | None,
+) -> dict[str, Any]:
+    """The flags that say which images, by their path in the recipe."""
+    flags = {
+        "dataset.name": dataset,
+        "dataset.ratio": ratio,
+        "dataset.profile": profile,
+        "dataset.n_max": n_max,
+        "dataset.val": val,
+        "dataset.class_order": class_order,
+        "dataset.data_seed": data_seed,
+    }
+    return {key: value for key, value in flags.items() if value is not None}
+
+
+def _table(prepared: Any, scheme: str, groups: list[str]) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=prepared.set_id, title_justify="left", title_style="bold")
+    table.add_column("class", justify="right")
+    table.add_column("name")
+    table.add_column("images", justify="right")
+    table.add_column("group")
+    table.add_column("")
+    most = max(prepared.counts)
+    for label, (name, count) in enumerate(zip(prepared.classes, prepared.counts, strict=True)):
+        # At least one mark, so that a class of the tail does not look empty.
+        bar = "█" * max(1, round(_BAR * count / most))
+        table.add_row(str(label), Text(name), f"{count:,}", groups[label], bar)
+    sizes = ", ".join(f"{g} {groups.count(g)}" for g in ("head", "medium", "tail"))
+    counts = prepared.counts
+    total = f"{sum(counts):,} training images, {max(counts):,} to {min(counts):,} a class"
+    return Group(table, Text(f"{total}; classes by {scheme}: {sizes}"))
+
+
+def _document(prepared: Any, scheme: str, groups: list[str]) -> dict[str, Any]:
+    return {
+        "set_id": prepared.set_id,
+        "path": str(prepared.path),
+        "fresh": prepared.fresh,
+        "index_sha256": prepared.index_sha256,
+        "classes": prepared.classes,
+        "counts": prepared.counts,
+        "group_scheme": scheme,
+        "groups": groups,
+    }

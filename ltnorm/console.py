@@ -1,0 +1,103 @@
+"""What is printed where: the product on stdout, all else on stderr; quiet and JSON modes."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Wide enough that no table wraps when stdout is a file or a pipe.
+_PIPE_WIDTH = 160
+
+
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=stderr, highlight=False, width=_PIPE_WIDTH)
+    return console
+
+
+@dataclass
+class Output:
+    """Where a command prints. stdout: tables, one JSON document, directories. stderr: the rest."""
+
+    quiet: bool = False
+    json: bool = False
+    out: Console = field(default_factory=lambda: _console(stderr=False))
+    err: Console = field(default_factory=lambda: _console(stderr=True))
+
+    def product(self, renderable: RenderableType) -> None:
+        """A table or text for people, on stdout; nothing in JSON mode."""
+        if not self.json:
+            self.out.print(renderable)
+
+    def raw(self, text: str) -> None:
+        """Text for programs, on stdout, as it is."""
+        self.out.print(text, markup=False, soft_wrap=True, end="" if text.endswith("\n") else "\n")
+
+    def document(self, value: Any) -> None:
+        """The one JSON document of a command, on stdout."""
+        if self.json:
+            self.raw(json.dumps(value, indent=2))
+
+    def note(self, text: str) -> None:
+        """What happens meanwhile, on stderr; nothing in quiet mode."""
+        if not self.quiet:
+            self.err.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """What the user must know, on stderr, also in quiet mode."""
+        self.err.print(f"warning: {text}", markup=False, soft_wrap=True)
+
+    @contextmanager
+    def training(self, label: str, epochs: int, batches: int) -> Iterator["TrainingProgress"]:
+        """The progress of one run: bars on a terminal, one line an epoch otherwise."""
+        live = self.err.is_terminal and not self.quiet
+        progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}", markup=False),
+            TimeRemainingColumn(),
+            console=self.err,
+            disable=not live,
+        )
+        with progress:
+            yield TrainingProgress(self, progress, label, epochs, batches, live)
+
+
+class TrainingProgress:
+    """Told of every step and epoch of a run by the training loop."""
+
+    # A loss is read from the device only when it is shown, and not more often than this.
+    refresh_seconds = 0.5
+
+    def __init__(
+        self, output: Output, progress: Progress, label: str, epochs: int, batches: int, live: bool
+    ) -> None:
+        self.output, self.progress, self.label = output, progress, label
+        self.epochs, self.live = epochs, live
+        self.task = progress.add_task(label, total=epochs * batches, state="")
+        self.shown = 0.0
+
+    def due(self) -> bool:
+        """Whether `step` would show something now."""
+        return self.live and time.monotonic() - self.shown > self.refresh_seconds
+
+    def step(self, done: int, epoch: int, loss: float, images_per_second: float) -> None:
+        """Show the state after `done` steps."""
+        self.shown = time.monotonic()
+        state = f"epoch {epoch}/{self.epochs}  loss {loss:.3f}  {images_per_second:,.0f} images/s"
+        self.progress.update(self.task, completed=done, state=state)
+
+    def epoch(self, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
+        """An epoch is over."""
+        if not self.live:
+            self.output.note(
+                f"{self.label}  epoch {epoch}/{self.epochs}  loss {loss:.4f}  lr {lr:.4g}  "
+                f"{images_per_second:,.0f} images/s"
+            )

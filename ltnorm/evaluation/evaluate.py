@@ -1,0 +1,59 @@
+"""A model on a whole split: logits, and all metrics."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ltnorm.data.loader import normalize
+from ltnorm.data.longtail import GroupScheme, report_groups
+from ltnorm.data.prepare import PreparedSet, Split
+from ltnorm.evaluation import metrics
+
+BATCH = 500
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    images: np.ndarray,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+) -> Tensor:
+    """Logits float32 [N, C] on the CPU, for images uint8 [N, H, W, 3].
+
+    Always in float32, whatever the precision of training, so that a checkpoint has one accuracy.
+    """
+    model.eval()
+    logits = [
+        model(normalize(torch.from_numpy(part).to(device), mean, std)).cpu()
+        for part in np.array_split(images, max(1, len(images) // BATCH))
+    ]
+    return torch.cat(logits)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on a split: metrics, the report group of each class, and the logits."""
+
+    metrics: metrics.Metrics
+    scheme: str
+    groups: list[str]
+    logits: Tensor
+    labels: Tensor
+
+
+def evaluate_split(
+    model: nn.Module, data: PreparedSet, split: Split, scheme: GroupScheme, device: torch.device
+) -> Evaluation:
+    """Evaluate a model on one split of a prepared set; the other splits are not opened."""
+    images, labels = data.load(split)
+    mean, std = data.manifest["mean"], data.manifest["std"]
+    logits = predict(model, images, mean=mean, std=std, device=device)
+    truth = torch.from_numpy(labels)
+    used, groups = report_groups(data.counts, scheme)
+    return Evaluation(metrics.evaluate(logits, truth, groups), used, groups, logits, truth)

@@ -1,0 +1,64 @@
+"""Routing: telling the layers that want it the class group of each image while training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+Momentum = Annotated[float, Field(gt=0, le=1)]
+GroupRule = Literal["rank", "images"]
+
+
+class RoutedNorm(nn.Module):
+    """A norm layer with K components to which images can be assigned by class group.
+
+    Attributes:
+        components: K, the number of class groups that it takes.
+        groups: how training should group the classes (see `ltnorm.data.class_groups`).
+        routed: the class group of each image, int64 [N], inside `route`; None outside.
+    """
+
+    components: int
+    groups: GroupRule
+    routed: Tensor | None = None
+
+
+@contextmanager
+def route(model: nn.Module, groups: Tensor) -> Iterator[None]:
+    """Set the class group of each image on the model's routed layers, and clear it on exit.
+
+    Only training reads it; evaluation never uses labels. A model without routed layers is left
+    as it is, so that a training loop may always route.
+
+    Args:
+        model: the model; its `RoutedNorm` layers are found by walking it.
+        groups: int64 [N], the class group of each image of the coming batch, 0 .. K - 1;
+            -1 means "use the posterior".
+
+    Raises:
+        ValueError: groups that are not a vector of integers, or out of range for a layer
+            (checked for tensors on the CPU, where looking costs no synchronization).
+
+    Example:
+        with route(model, class_group[labels]):
+            logits = model(images)
+    """
+    layers = [m for m in model.modules() if isinstance(m, RoutedNorm)]
+    if groups.dim() != 1 or groups.is_floating_point():
+        raise ValueError(f"groups must be int64 [N], got {groups.dtype} {list(groups.shape)}")
+    if layers and groups.numel() and groups.device.type == "cpu":
+        low, high = (int(v) for v in torch.aminmax(groups))
+        most = min(layer.components for layer in layers)
+        if low < -1 or high >= most:
+            raise ValueError(f"groups must lie in -1 .. {most - 1}, got {low} .. {high}")
+    before = [layer.routed for layer in layers]
+    try:
+        for layer in layers:
+            layer.routed = groups
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.routed = old

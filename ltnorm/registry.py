@@ -1,0 +1,166 @@
+"""The only list of what can be chosen by name: norms, losses, models, datasets.
+
+To add one, write a class or function and give it one line here. In all four tables the
+convention is the same: positional parameters are supplied by ltnorm, keyword-only parameters
+are the user's options (`--set norm.components=3`), and their annotations validate them.
+
+This module never imports torch; an entry's target is imported when it is first used.
+"""
+
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ltnorm.errors import UsageError, did_you_mean
+
+if typing.TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One choice: where its code is ("module:attribute"), what it is, and where it comes from.
+
+    `objective` (norms) names the training objective that the norm asks for; `recipe` (datasets)
+    the recipe that `ltnorm train --dataset NAME` starts from.
+    """
+
+    target: str
+    summary: str
+    source: str
+    objective: str = "ltnorm.training.objective:SinglePath"
+    recipe: str = "cifar10-lt"
+
+
+_BN = "Ioffe & Szegedy 2015, arXiv 1502.03167"
+_CBN = "Cheng et al. 2022, arXiv 2212.01007 (reimplemented from the abstract)"
+_RESNET = "He et al. 2016, arXiv 1512.03385"
+_SPLIT_PATH = "ltnorm.training.objective:RoutedPath"
+_DUAL_PATH = "ltnorm.training.dual:DualPath"
+
+NORMS = {
+    "bn": Entry("ltnorm.norms.batch:BatchNorm2d", "batch normalization, the baseline", _BN),
+    "gn": Entry(
+        "ltnorm.norms.group:GroupNorm",
+        "group normalization; no statistics shared between images",
+        "Wu & He 2018, arXiv 1803.08494",
+    ),
+    "split": Entry(
+        "ltnorm.norms.split:SplitBatchNorm2d",
+        "batch normalization with statistics of its own for each class group",
+        _CBN,
+        objective=_SPLIT_PATH,
+    ),
+    "compound": Entry(
+        "ltnorm.norms.compound:CompoundBatchNorm2d",
+        "normalization by a Gaussian mixture, fitted by moving-average EM, dual-path training",
+        _CBN,
+        objective=_DUAL_PATH,
+    ),
+}
+
+LOSSES = {
+    "ce": Entry("ltnorm.losses:CrossEntropy", "cross-entropy", "-"),
+}
+
+MODELS = {
+    **{
+        f"resnet{depth}": Entry(
+            f"ltnorm.models:resnet{depth}", f"CIFAR ResNet-{depth}, option-A shortcuts", _RESNET
+        )
+        for depth in (8, 14, 20, 32, 44, 56)
+    },
+    **{
+        f"resnet{depth}": Entry(
+            f"ltnorm.models:resnet{depth}",
+            f"torchvision ResNet-{depth}, 3x3 stem for small images",
+            _RESNET,
+        )
+        for depth in (18, 34, 50)
+    },
+}
+
+DATASETS = {
+    "synthetic": Entry(
+        "ltnorm.data.synthetic:synthetic",
+        "procedural 32x32 textures, embedded, made from a seed; no download",
+        "ltnorm",
+        recipe="quick",
+    ),
+    "cifar10": Entry(
+        "ltnorm.data.datasets:cifar10",
+        "10 classes, 32x32 (163 MiB download)",
+        "Krizhevsky 2009",
+    ),
+    "cifar100": Entry(
+        "ltnorm.data.datasets:cifar100",
+        "100 classes, 32x32 (161 MiB download)",
+        "Krizhevsky 2009",
+        recipe="cifar100-lt",
+    ),
+    "fashion-mnist": Entry(
+        "ltnorm.data.datasets:fashion_mnist",
+        "10 classes, 28x28 grey, repeated to three channels (29 MiB download)",
+        "Xiao et al. 2017, arXiv 1708.07747",
+    ),
+}
+
+TABLES: Mapping[str, Mapping[str, Entry]] = {
+    "norm": NORMS,
+    "loss": LOSSES,
+    "model": MODELS,
+    "dataset": DATASETS,
+}
+
+
+def lookup(kind: str, name: str) -> Entry:
+    """The entry `name` of table `kind` ("norm", "loss", "model", "dataset").
+
+    Raises:
+        UsageError: no such name; the hint lists the choices, led by the nearest.
+    """
+    table = TABLES[kind]
+    if name not in table:
+        raise UsageError(f"unknown {kind} '{name}'", did_you_mean(name, table))
+    return table[name]
+
+
+def load(target: str) -> Callable[..., Any]:
+    """Import what a "module:attribute" target names."""
+    module, attribute = target.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def targets(kind: str, name: str) -> list[Callable[..., Any]]:
+    """What takes the options of an entry: its target and, for a norm, the training objective."""
+    entry = lookup(kind, name)
+    return [load(entry.target), *([load(entry.objective)] if kind == "norm" else [])]
+
+
+@cache
+def options_model(kind: str, name: str) -> "type[BaseModel]":
+    """The options of an entry as a pydantic model: its keyword-only parameters, typed."""
+    from pydantic import ConfigDict, create_model
+
+    fields: dict[str, Any] = {}
+    for function in targets(kind, name):
+        if inspect.isclass(function):
+            function = function.__init__
+        hints = typing.get_type_hints(function, include_extras=True)
+        fields |= {
+            p.name: (hints[p.name], p.default)
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        }
+    config = ConfigDict(extra="forbid", protected_namespaces=())
+    return create_model(f"{kind}.{name}", __config__=config, **fields)
+
+
+def own_options(target: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `options` that the target itself takes (a norm's, say, without its objective's)."""
+    parameters = inspect.signature(load(target)).parameters
+    return {k: v for k, v in options.items() if k in parameters}

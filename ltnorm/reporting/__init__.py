@@ -1,0 +1,1 @@
+"""Results: how runs are written and read, compared and shown. Free of torch."""

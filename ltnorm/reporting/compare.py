@@ -1,0 +1,261 @@
+"""The comparison as plain data: blocks of rows, computed with pandas, shown elsewhere.
+
+A row is one setting (one fingerprint on the same images); only its seeds are averaged. A block
+holds the rows that share everything outside `norm.*`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ltnorm.errors import LtnormError, NothingFound, UsageError, did_you_mean
+from ltnorm.registry import NORMS
+from ltnorm.reporting import schema
+
+LOWER_IS_BETTER = ("nll", "ece")
+DEFAULT_METRICS = ("all", "head", "medium", "tail")
+DELTAS = ("all", "tail")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: its seeds averaged. A missing value is None (an empty group, one seed)."""
+
+    label: str
+    norm: str
+    fingerprint: str
+    seeds: list[int]
+    mean: dict[str, float | None]
+    std: dict[str, float | None]
+    delta: dict[str, float | None]
+    parameters: int
+    images_processed: int
+    train_seconds: float
+    relative_time: float | None
+    is_baseline: bool
+
+    @property
+    def n(self) -> int:
+        """Seeds."""
+        return len(self.seeds)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that can be compared: they share all but the norm."""
+
+    title: str
+    group_scheme: str
+    group_classes: tuple[int, int, int]
+    eval_split: str
+    baseline: str | None
+    metrics: tuple[str, ...]
+    rows: list[Row]
+
+
+def load(paths: Sequence[Path]) -> tuple[list[schema.Result], list[str]]:
+    """All results below `paths`, and what is wrong with those that could not be read.
+
+    The same run found twice counts once.
+
+    Raises:
+        NothingFound: no result at all.
+        LtnormError: results were found, but none can be read.
+    """
+    files = schema.find_results(paths)
+    named = " ".join(map(str, paths))
+    if not files:
+        raise NothingFound(
+            f"no results in {named}", "run `ltnorm train --norm bn --norm compound` first"
+        )
+    results: dict[tuple[str, str, int], schema.Result] = {}
+    problems: list[LtnormError] = []
+    for file in files:
+        try:
+            result = schema.read_result(file)
+        except LtnormError as error:
+            problems.append(error)
+            continue
+        results.setdefault((result.fingerprint, result.index_sha256, result.seed), result)
+    if not results:
+        more = f" ({len(problems)} such files)" if len(problems) > 1 else ""
+        raise LtnormError(problems[0].message + more, problems[0].hint)
+    return list(results.values()), [problem.message for problem in problems]
+
+
+def compare(
+    results: Iterable[schema.Result],
+    *,
+    baseline: str = "bn",
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    sort: str | None = None,
+) -> list[Block]:
+    """Group results into blocks and rows.
+
+    Args:
+        results: finished runs.
+        baseline: the norm, or the label of a row, that deltas and times refer to.
+        metrics: columns to average, of `schema.METRICS`.
+        sort: a metric, the best first; None is the order of the registry.
+
+    Raises:
+        UsageError: no such metric.
+    """
+    for name in [*metrics, *([sort] if sort else [])]:
+        if name not in schema.METRICS:
+            raise UsageError(f"unknown metric '{name}'", did_you_mean(name, schema.METRICS))
+    frame = pd.DataFrame([dataclasses.asdict(r) | {"block": schema.block_key(r)} for r in results])
+    wanted = tuple(dict.fromkeys([*metrics, *DELTAS, *([sort] if sort else [])]))
+    groups = [group for _, group in frame.groupby("block", sort=False)]
+    titles = _titles(groups)
+    blocks = [
+        _block(group, title, baseline, tuple(metrics), wanted, sort)
+        for group, title in zip(groups, titles, strict=True)
+    ]
+    return sorted(blocks, key=lambda block: block.title)
+
+
+def _block(
+    frame: pd.DataFrame,
+    title: str,
+    baseline: str,
+    metrics: tuple[str, ...],
+    wanted: tuple[str, ...],
+    sort: str | None,
+) -> Block:
+    labels = _labels(frame)
+    base = _baseline(labels, baseline)
+    # Relabelled, so that rows below can be told by label alone.
+    frame = frame.assign(label=frame["fingerprint"].map(labels))
+    reference = frame[frame["label"] == base] if base else None
+    rows = [
+        _row(group, str(label), wanted, reference, is_baseline=label == base)
+        for label, group in frame.groupby("label", sort=False)
+    ]
+    first = frame.iloc[0]
+    return Block(
+        title=title,
+        group_scheme=first["group_scheme"],
+        group_classes=tuple(int(first[f"{g}_classes"]) for g in ("head", "medium", "tail")),
+        eval_split=first["eval_split"],
+        baseline=base,
+        metrics=metrics,
+        rows=_sorted(rows, sort),
+    )
+
+
+def _row(
+    runs: pd.DataFrame,
+    label: str,
+    metrics: Sequence[str],
+    reference: pd.DataFrame | None,
+    is_baseline: bool,
+) -> Row:
+    def mean(frame: pd.DataFrame, column: str) -> float | None:
+        return _number(frame[column].astype(float).mean())
+
+    delta: dict[str, float | None] = {}
+    relative = None
+    if reference is not None:
+        for metric in metrics:
+            ours, theirs = mean(runs, metric), mean(reference, metric)
+            delta[metric] = None if ours is None or theirs is None else ours - theirs
+        relative = runs["train_seconds"].mean() / reference["train_seconds"].mean()
+    first = runs.iloc[0]
+    return Row(
+        label=label,
+        norm=first["norm"],
+        fingerprint=first["fingerprint"],
+        seeds=sorted(int(s) for s in runs["seed"]),
+        mean={m: mean(runs, m) for m in metrics},
+        std={m: _number(runs[m].astype(float).std(ddof=1)) for m in metrics},
+        delta=delta,
+        parameters=int(first["parameters"]),
+        images_processed=int(first["images_processed"]),
+        train_seconds=float(runs["train_seconds"].mean()),
+        relative_time=relative,
+        is_baseline=is_baseline,
+    )
+
+
+def _number(value: float) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+def _labels(frame: pd.DataFrame) -> dict[str, str]:
+    """A label for each fingerprint: the norm, and the options in which rows of it differ."""
+    norms = {
+        row.fingerprint: json.loads(row.settings)["norm"]
+        for row in frame.drop_duplicates("fingerprint").itertuples()
+    }
+    labels = {}
+    for fingerprint, norm in norms.items():
+        same = [other for other in norms.values() if other["name"] == norm["name"]]
+        keys = dict.fromkeys(k for other in same for k in other)
+        differing = [k for k in keys if len({json.dumps(other.get(k)) for other in same}) > 1]
+        options = ", ".join(f"{k}={_plain(norm.get(k))}" for k in differing)
+        labels[fingerprint] = f"{norm['name']} ({options})" if options else norm["name"]
+    return labels
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _baseline(labels: dict[str, str], wanted: str) -> str | None:
+    """The label that `wanted` names: a label itself, or a norm that only one row has."""
+    if wanted in labels.values():
+        return wanted
+    of_norm = [label for label in labels.values() if label.split(" ")[0] == wanted]
+    return of_norm[0] if len(of_norm) == 1 else None
+
+
+def _sorted(rows: list[Row], sort: str | None) -> list[Row]:
+    if sort is None:
+        order = {name: i for i, name in enumerate(NORMS)}
+        return sorted(rows, key=lambda r: (order.get(r.norm, len(order)), r.label))
+    sign = 1 if sort in LOWER_IS_BETTER else -1
+
+    def key(row: Row) -> tuple[bool, float]:
+        value = row.mean[sort]
+        return value is None, sign * (value or 0.0)
+
+    return sorted(rows, key=key)
+
+
+def _titles(groups: Sequence[pd.DataFrame]) -> list[str]:
+    """What each block's rows share, in words, and in which settings it differs from the others."""
+    flat = [_flatten(json.loads(group.iloc[0]["settings"])) for group in groups]
+    keys = dict.fromkeys(k for settings in flat for k in settings)
+    shown = {"dataset.name", "dataset.profile", "dataset.ratio", "model.name", "loss.name"}
+    shown |= {"train.epochs", "eval.split", "tag", "train.milestones", "train.warmup_epochs"}
+    differing = [
+        k
+        for k in keys
+        if k not in shown
+        and not k.startswith("norm.")
+        and len({json.dumps(settings.get(k)) for settings in flat}) > 1
+    ]
+    titles = []
+    for group, settings in zip(groups, flat, strict=True):
+        first = group.iloc[0]
+        parts = [first["set_id"], first["model"], first["loss"], f"{first['epochs']} epochs"]
+        parts += [f"tag {first['tag']}"] if first["tag"] else []
+        parts += [f"{k} {_plain(settings.get(k))}" for k in differing if k != "dataset.n_max"]
+        titles.append(" · ".join(parts))
+    return titles
+
+
+def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{k}": v for k, v in value.items()}
+        else:
+            flat[key] = value
+    return flat

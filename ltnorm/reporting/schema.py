@@ -1,0 +1,253 @@
+"""The results tree: one directory a run, one row a run in its result.csv.
+
+    <out>/<dataset>-<profile><ratio>/<model>-<norm>-<loss>[-<tag>]/seed<k>/
+        recipe.yaml      the resolved recipe; running it repeats the run
+        epochs.csv       one row an epoch
+        per_class.csv    one row a class
+        predictions.npz  prediction and probability of the true class for each image
+        checkpoint.pt    the trained model
+        result.csv       one row, written last: the mark of a finished run
+
+A directory of one setting belongs to one fingerprint, which lies in it; another recipe of the
+same names gets a directory of its own, with the start of its fingerprint added.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltnorm.errors import LtnormError, UsageError
+from ltnorm.recipe import Recipe
+
+SCHEMA = 1
+RESULT, RECIPE, OWNER = "result.csv", "recipe.yaml", "fingerprint"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run. Accuracies are in percent; an empty group is an empty cell."""
+
+    schema: int
+    fingerprint: str
+    dataset: str
+    profile: str
+    ratio: float
+    data_seed: int
+    set_id: str
+    index_sha256: str
+    model: str
+    norm: str
+    loss: str
+    tag: str | None
+    seed: int
+    epochs: int
+    batch_size: int
+    lr: float
+    precision: str
+    eval_split: str
+    group_scheme: str
+    head_classes: int
+    medium_classes: int
+    tail_classes: int
+    all: float
+    head: float | None
+    medium: float | None
+    tail: float | None
+    macro_f1: float
+    gmean: float
+    worst_class: float
+    nll: float
+    ece: float
+    train_loss: float
+    parameters: int
+    images_processed: int
+    images_backpropagated: int
+    train_seconds: float
+    images_per_second: float
+    device: str
+    torch: str
+    ltnorm: str
+    finished: str
+    settings: str
+
+
+COLUMNS = tuple(f.name for f in dataclasses.fields(Result))
+METRICS = ("all", "head", "medium", "tail", "macro_f1", "gmean", "worst_class", "nll", "ece")
+
+
+def settings_json(recipe: Recipe) -> str:
+    """The recipe without seed and device as one JSON cell."""
+    return json.dumps(recipe.settings(), sort_keys=True)
+
+
+def _setting_name(recipe: Recipe) -> Path:
+    data = recipe.dataset
+    parts = [recipe.model.name, recipe.norm.name, recipe.loss.name]
+    parts += [recipe.tag] if recipe.tag else []
+    return Path(f"{data.name}-{data.profile}{data.ratio:g}") / "-".join(parts)
+
+
+def check_out(out: Path) -> None:
+    """Check, before work starts, that results can be written to `out`.
+
+    Raises:
+        UsageError: it is a file, or not writable.
+    """
+    hint = "choose another folder with --out DIR"
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file, not a folder", hint)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--out {out} is not writable: {error.strerror or error}", hint) from error
+
+
+def run_directory(recipe: Recipe, out: Path, *, claim: bool = True) -> Path:
+    """The directory of a run, claimed for its fingerprint.
+
+    The claim is the exclusive creation of a file, so that of several processes with different
+    recipes each ends up with its own directory. With claim=False nothing is written.
+    """
+    fingerprint = recipe.fingerprint()
+    plain = out / _setting_name(recipe)
+    own = plain.with_name(f"{plain.name}-{fingerprint[:6]}")
+    for directory in (plain, own):
+        if _owner(directory, fingerprint, claim) == fingerprint:
+            return directory / f"seed{recipe.seed}"
+    raise LtnormError(
+        f"{own} belongs to another recipe", "give the run a --tag, or another --out folder"
+    )
+
+
+def _owner(directory: Path, fingerprint: str, claim: bool) -> str:
+    """Who owns a directory, after claiming it if it is free."""
+    file = directory / OWNER
+    if claim:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Written aside and linked, so that nobody ever reads a half-written claim.
+        temporary = directory / f".{OWNER}.{os.getpid()}"
+        temporary.write_text(f"{fingerprint}\n")
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+    return file.read_text().strip() if file.is_file() else fingerprint
+
+
+def finished(directory: Path) -> bool:
+    """Whether the run in a directory is finished."""
+    return (directory / RESULT).is_file()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV whole or not at all; None becomes an empty cell."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(rows)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_result(directory: Path, result: Result) -> None:
+    """Write result.csv: this ends a run."""
+    write_rows(directory / RESULT, COLUMNS, [dataclasses.astuple(result)])
+
+
+def read_result(path: Path) -> Result:
+    """Read one result.csv.
+
+    Raises:
+        LtnormError: not a result of this schema, or damaged.
+    """
+    hint = "delete or move the file, or compare with the version of ltnorm that wrote it"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise LtnormError(f"{path} is not a readable CSV: {error}", hint) from error
+    if "schema" not in header or "fingerprint" not in header:
+        raise LtnormError(f"{path} is not a result of ltnorm", hint)
+    if len(rows) != 1 or len(rows[0]) != len(header):
+        raise LtnormError(f"{path} is damaged: it must hold one whole row", hint)
+    cells = dict(zip(header, rows[0], strict=True))
+    if cells["schema"] != str(SCHEMA) or tuple(header) != COLUMNS:
+        raise LtnormError(
+            f"{path} has schema {cells['schema'] or '?'} with other columns than this ltnorm "
+            f"(schema {SCHEMA})",
+            hint,
+        )
+    try:
+        result = Result(
+            **{f.name: _parse(cells[f.name], f.type) for f in dataclasses.fields(Result)}
+        )
+        json.loads(result.settings)
+    except ValueError as error:
+        raise LtnormError(f"{path} is damaged: {error}", hint) from error
+    return result
+
+
+def _parse(cell: str, kind: Any) -> Any:
+    """A cell by the type of its column: int, float, str, or one of them or None."""
+    optional = "None" in str(kind)
+    if optional and cell == "":
+        return None
+    if "float" in str(kind):
+        value = float(cell)
+        if math.isinf(value):
+            raise ValueError(f"{cell} is not finite")
+        return value
+    return int(cell) if kind is int else cell
+
+
+def find_results(paths: Sequence[Path]) -> list[Path]:
+    """All result.csv files below `paths`; a path can also be such a file itself.
+
+    Raises:
+        UsageError: a path does not exist.
+    """
+    found = []
+    for path in paths:
+        if path.is_file():
+            found.append(path)
+        elif path.is_dir():
+            found += sorted(path.rglob(RESULT))
+        else:
+            raise UsageError(
+                f"no such file or folder: {path}", "results lie in results/ by default"
+            )
+    return list(dict.fromkeys(found))
+
+
+def block_key(result: Result) -> str:
+    """What a block of a comparison shares: everything but the norm, and the images themselves."""
+    settings = json.loads(result.settings)
+    settings.pop("norm", None)
+    settings["index_sha256"] = result.index_sha256
+    settings["group_scheme"] = result.group_scheme
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,117 @@
+"""The dual-path objective of compound BN (arXiv 2212.01007, reimplemented from the abstract).
+
+The mainstream path normalizes by the mixture's posterior. The auxiliary path normalizes each
+image by the statistics of its own class group (class-aware split normalization), which keeps
+the components from collapsing onto the head. All weights are shared; at test time only the
+mainstream path exists.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat
+from torch import Tensor, nn
+
+from ltnorm.models import classifier
+from ltnorm.norms import route
+from ltnorm.training.objective import SinglePath
+
+AuxGradient = Literal["full", "statistics"]
+
+
+class DualPath(SinglePath):
+    """(L_main + w L_aux) / (1 + w) + c (1 - cos(projector(f_main), stopgrad(f_aux)))
+
+    f is the classifier's input and the projector Linear-ReLU-Linear of its width.
+
+    Args:
+        model, loss, class_group: as `SinglePath`.
+        dual_path: False trains the mixture alone, at the cost of one path.
+        aux_gradient: what the auxiliary path does. "statistics": a forward without gradient
+            that only shapes the components, so that L_aux is left out (w = 0). "full": one
+            forward over both halves with pooled batch statistics; beware that the class group
+            then chooses the affine parameters, from which the network can read the label.
+        aux_weight: w; only with aux_gradient "full".
+        consistency: c; 0 leaves the term and the projector out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        class_group: Tensor,
+        *,
+        dual_path: bool = True,
+        aux_gradient: AuxGradient = "statistics",
+        aux_weight: NonNegativeFloat = 1.0,
+        consistency: NonNegativeFloat = 0.0,
+    ) -> None:
+        super().__init__(model, loss, class_group)
+        self.dual_path, self.aux_gradient = dual_path, aux_gradient
+        self.aux_weight, self.consistency = aux_weight, consistency
+        self.projector: nn.Module | None = None
+        if dual_path and consistency > 0:
+            width = classifier(model).in_features
+            self.projector = nn.Sequential(
+                nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
+            )
+
+    @staticmethod
+    def check_options(
+        dual_path: bool, aux_gradient: AuxGradient, aux_weight: float, **_: Any
+    ) -> Iterator[tuple[str, str]]:
+        """Options without effect, as (option, what is wrong)."""
+        if aux_weight != 1.0 and not (dual_path and aux_gradient == "full"):
+            yield "aux_weight", "has an effect only with dual_path=true and aux_gradient=full"
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """How often each image passes forward and backward."""
+        if not self.dual_path:
+            return 1, 1
+        return 2, 2 if self.aux_gradient == "full" else 1
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """images [N, 3, H, W], labels int64 [N] -> scalar."""
+        if not self.dual_path:
+            return super().forward(images, labels)
+        with self._features() as features:
+            if self.aux_gradient == "full":
+                loss = self._both(images, labels)
+            else:
+                loss = self._statistics_then_main(images, labels)
+        if self.projector is None:
+            return loss
+        main, aux = features[0].chunk(2) if len(features) == 1 else reversed(features)
+        similarity = F.cosine_similarity(self.projector(main), aux.detach(), dim=1)
+        return loss + self.consistency * (1 - similarity.mean())
+
+    def _both(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One forward over both halves: batch statistics are pooled, one running update."""
+        groups = self.class_group[labels]
+        with route(self.model, torch.cat([torch.full_like(groups, -1), groups])):
+            main, aux = self.model(torch.cat([images, images])).chunk(2)
+        w = self.aux_weight
+        return (self.loss(main, labels) + w * self.loss(aux, labels)) / (1 + w)
+
+    def _statistics_then_main(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad(), route(self.model, self.class_group[labels]):
+            self.model(images)
+        return super().forward(images, labels)
+
+    @contextmanager
+    def _features(self) -> Iterator[list[Tensor]]:
+        """Collects the classifier's inputs of the forwards inside, where they are needed."""
+        features: list[Tensor] = []
+        if self.projector is None:
+            yield features
+            return
+        layer = classifier(self.model)
+        hook = layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+        try:
+            yield features
+        finally:
+            hook.remove()

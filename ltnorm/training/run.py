@@ -1,0 +1,223 @@
+"""One run from end to end: train, evaluate, write."""
+
+import dataclasses
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ltnorm import __version__, losses, models, registry
+from ltnorm.console import Output
+from ltnorm.data import class_groups
+from ltnorm.data.loader import Loader
+from ltnorm.data.prepare import PreparedSet
+from ltnorm.errors import LtnormError, UsageError
+from ltnorm.evaluation.evaluate import Evaluation, evaluate_split
+from ltnorm.norms import RoutedNorm, norm_layer
+from ltnorm.recipe import Recipe
+from ltnorm.reporting import schema
+from ltnorm.training import checkpoint
+from ltnorm.training.device import describe, memory_format, resolve_device, resolve_precision
+from ltnorm.training.loop import Epoch, fit
+from ltnorm.training.objective import SinglePath
+
+
+def concrete(recipe: Recipe) -> tuple[Recipe, str]:
+    """The recipe with `auto` precision resolved for this machine, and why it was chosen so."""
+    precision, reason = resolve_precision(recipe.train.precision, resolve_device(recipe.device))
+    train = recipe.train.model_copy(update={"precision": precision})
+    return recipe.model_copy(update={"train": train}), reason
+
+
+def build_model(recipe: Recipe, num_classes: int, image_size: int) -> nn.Module:
+    """The recipe's model, initialised from its seed: the same weights whatever the norm."""
+    entry = registry.lookup("norm", recipe.norm.name)
+    options = registry.own_options(entry.target, recipe.norm.options)
+    torch.manual_seed(recipe.seed)
+    return models.build(
+        recipe.model.name,
+        num_classes,
+        norm_layer(recipe.norm.name, **options),
+        image_size=image_size,
+        **recipe.model.options,
+    )
+
+
+def build_objective(recipe: Recipe, model: nn.Module, counts: list[int]) -> SinglePath:
+    """The training objective that the recipe's norm asks for."""
+    target = registry.lookup("norm", recipe.norm.name).objective
+    layer = next((m for m in model.modules() if isinstance(m, RoutedNorm)), None)
+    groups = class_groups(counts, layer.components, layer.groups) if layer else [0] * len(counts)
+    return registry.load(target)(
+        model,
+        losses.build(recipe.loss.name, counts, **recipe.loss.options),
+        torch.tensor(groups),
+        **registry.own_options(target, recipe.norm.options),
+    )
+
+
+def check(recipe: Recipe, data: PreparedSet) -> None:
+    """What can only be checked once the data is known.
+
+    Raises:
+        UsageError: a batch larger than the set, more components than classes, no such split.
+    """
+    images = sum(data.counts)
+    if recipe.train.batch_size > images:
+        raise UsageError(
+            f"batch size {recipe.train.batch_size} is larger than the set of {images} images",
+            f"--batch-size can be at most {images} here",
+        )
+    if {"components", "groups"} <= recipe.norm.options.keys():
+        class_groups(data.counts, recipe.norm.options["components"])
+
+
+def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.Result:
+    """Train and evaluate one recipe, `concrete` and checked, and write its directory under `out`.
+
+    Raises:
+        LtnormError: the run failed: the loss diverged, or its files could not be written.
+    """
+    try:
+        directory = schema.run_directory(recipe, out)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Whatever an unfinished or repeated run left is void from here on.
+        (directory / schema.RESULT).unlink(missing_ok=True)
+        schema.write_text(directory / schema.RECIPE, recipe.to_yaml())
+
+        device = resolve_device(recipe.device)
+        loader = _loader(recipe, data, device)
+        model = build_model(recipe, len(data.classes), data.image_size)
+        objective = build_objective(recipe, model, data.counts)
+        objective.to(device=device, memory_format=loader.memory_format)
+
+        label = f"{directory.parent.name}/{directory.name}"
+        with output.training(label, recipe.train.epochs, len(loader)) as progress:
+            epochs = fit(objective, loader, recipe.train, progress)
+        seconds = sum(epoch.seconds for epoch in epochs)
+
+        measured = evaluate_split(model, data, recipe.eval.split, recipe.eval.groups, device)
+        _save(directory, recipe, data, model, epochs, measured)
+        images = loader.images_per_epoch * len(epochs)
+        forward, backward = objective.cost
+        result = schema.Result(
+            schema=schema.SCHEMA,
+            **_recipe_columns(recipe),
+            **_metric_columns(measured),
+            set_id=data.set_id,
+            index_sha256=data.index_sha256,
+            train_loss=epochs[-1].loss,
+            parameters=sum(p.numel() for p in model.parameters()),
+            images_processed=forward * images,
+            images_backpropagated=backward * images,
+            train_seconds=seconds,
+            images_per_second=images / seconds,
+            device=describe(device),
+            torch=torch.__version__,
+            ltnorm=__version__,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        schema.write_result(directory, result)
+    except OSError as error:
+        raise LtnormError(
+            f"cannot write the run under {out}: {error.strerror or error}",
+            "free some space or choose another --out; finished runs are kept",
+        ) from error
+    return result
+
+
+def _loader(recipe: Recipe, data: PreparedSet, device: torch.device) -> Loader:
+    images, labels = data.load("train")
+    return Loader(
+        images,
+        labels,
+        mean=data.manifest["mean"],
+        std=data.manifest["std"],
+        train=recipe.train,
+        seed=recipe.seed,
+        device=device,
+        memory_format=memory_format(device, recipe.train.precision),
+    )
+
+
+def _save(
+    directory: Path,
+    recipe: Recipe,
+    data: PreparedSet,
+    model: nn.Module,
+    epochs: list[Epoch],
+    measured: Evaluation,
+) -> None:
+    """Everything of a run but its result row."""
+    saved = checkpoint.Checkpoint(
+        recipe=recipe.to_yaml(),
+        counts=data.counts,
+        index_sha256=data.index_sha256,
+        epoch=len(epochs),
+        model={k: v.cpu() for k, v in model.state_dict().items()},
+    )
+    checkpoint.save(directory / checkpoint.NAME, saved)
+    header = [f.name for f in dataclasses.fields(Epoch)]
+    schema.write_rows(directory / "epochs.csv", header, map(dataclasses.astuple, epochs))
+    metrics = measured.metrics
+    schema.write_rows(
+        directory / "per_class.csv",
+        ("class", "name", "train_images", "group", "eval_images", "accuracy"),
+        zip(
+            range(len(data.classes)),
+            data.classes,
+            data.counts,
+            measured.groups,
+            metrics.images_per_class,
+            metrics.per_class,
+            strict=True,
+        ),
+    )
+    probability = measured.logits.softmax(1).gather(1, measured.labels[:, None])[:, 0]
+    np.savez_compressed(
+        directory / "predictions.npz",
+        label=measured.labels.numpy().astype(np.int16),
+        prediction=measured.logits.argmax(1).numpy().astype(np.int16),
+        true_class_probability=probability.numpy().astype(np.float16),
+    )
+
+
+def _recipe_columns(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "fingerprint": recipe.fingerprint(),
+        "dataset": recipe.dataset.name,
+        "profile": recipe.dataset.profile,
+        "ratio": recipe.dataset.ratio,
+        "data_seed": recipe.dataset.data_seed,
+        "model": recipe.model.name,
+        "norm": recipe.norm.name,
+        "loss": recipe.loss.name,
+        "tag": recipe.tag,
+        "seed": recipe.seed,
+        "epochs": recipe.train.epochs,
+        "batch_size": recipe.train.batch_size,
+        "lr": recipe.train.lr,
+        "precision": recipe.train.precision,
+        "eval_split": recipe.eval.split,
+        "settings": schema.settings_json(recipe),
+    }
+
+
+def _metric_columns(measured: Evaluation) -> dict[str, Any]:
+    metrics, groups = measured.metrics, measured.groups
+    return {
+        "group_scheme": measured.scheme,
+        "head_classes": groups.count("head"),
+        "medium_classes": groups.count("medium"),
+        "tail_classes": groups.count("tail"),
+        "all": metrics.accuracy,
+        **metrics.groups,
+        "macro_f1": metrics.macro_f1,
+        "gmean": metrics.gmean,
+        "worst_class": metrics.worst_class,
+        "nll": metrics.nll,
+        "ece": metrics.ece,
+    }
