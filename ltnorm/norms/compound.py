@@ -153,6 +153,8 @@ class CompoundBatchNorm2d(RoutedNorm):
                 "expected more than 1 value per channel when training, "
                 f"got input size {list(x.shape)}"
             )
+        if self.training and self.routed is not None and len(self.routed) != len(x):
+            raise ValueError(f"route has {len(self.routed)} groups for a batch of {len(x)} images")
 
     def _shift(self, x: Tensor) -> Tensor:
         """A point near the data, [C]: the mean of the first image, or of the running mixture.
@@ -223,8 +225,6 @@ class CompoundBatchNorm2d(RoutedNorm):
         """Images with a class group belong to its component alone."""
         if self.routed is None or self.components == 1:
             return r
-        if len(self.routed) != len(r):
-            raise ValueError(f"route has {len(self.routed)} groups for a batch of {len(r)} images")
         shape = (-1, 1) if r.dim() == 2 else (-1, 1, 1)
         member = self._one_hot(r.dtype)
         member = member if r.dim() == 2 else member[:, :, None]

@@ -1,0 +1,93 @@
+"""Shared fixtures: the command line in a folder of its own, and tiny data."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ltnorm import recipe as recipes
+from ltnorm.cli import main
+from ltnorm.data.prepare import prepare
+
+# Ten classes are too many for a set of seconds; these are enough for three groups.
+TINY = {
+    "dataset": {
+        "name": "synthetic",
+        "ratio": 10,
+        "classes": 4,
+        "image_size": 8,
+        "train_per_class": 30,
+        "test_per_class": 6,
+    },
+    "model": {"name": "resnet8"},
+    "train": {"epochs": 2, "batch_size": 16, "lr": 0.05, "warmup_epochs": 1, "crop_padding": 1},
+}
+
+
+@dataclass
+class Answer:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def ltnorm(tmp_path, monkeypatch, capsys):
+    """Run a command line in an empty folder: ltnorm("train --norm bn") -> Answer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+
+    def run(command: str, *more: str) -> Answer:
+        capsys.readouterr()
+        code = main([*command.split(), *more])
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def failing(ltnorm):
+    """Run a command that must fail as users expect: one error line, one hint line, no traceback."""
+
+    def run(command: str, *more: str, code: int) -> str:
+        answer = ltnorm(command, *more)
+        lines = answer.err.splitlines()
+        assert answer.code == code, answer.err
+        assert [line.split(":")[0] for line in lines[-2:]] == ["error", "hint"], answer.err
+        assert answer.err.count("error:") == 1
+        assert "Traceback" not in answer.err
+        assert answer.out == ""
+        return "\n".join(lines[-2:])
+
+    return run
+
+
+@pytest.fixture
+def tiny_recipe():
+    """A validated tiny recipe: tiny_recipe(norm="compound", **{"train.epochs": 3})."""
+
+    def make(norm: str = "bn", seed: int = 0, **flags):
+        overrides = recipes.Overrides(flags, norms=[norm], seeds=[seed])
+        return recipes.resolve(TINY, overrides)[0]
+
+    return make
+
+
+@pytest.fixture
+def tiny_set(tiny_recipe, tmp_path):
+    """The prepared set of the tiny recipe."""
+    return prepare(tiny_recipe().dataset, tmp_path / "raw", tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Where real data lies; the test is skipped without it."""
+    place = os.environ.get("LTNORM_DATA")
+    if not place:
+        pytest.skip("needs real data: set LTNORM_DATA to a folder with cifar-10-batches-py")
+    return Path(place).resolve()

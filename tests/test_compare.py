@@ -1,0 +1,222 @@
+import csv
+import dataclasses
+import io
+import json
+import statistics
+
+import pytest
+
+from ltnorm import recipe as recipes
+from ltnorm.errors import LtnormError, NothingFound, UsageError
+from ltnorm.recipe import Overrides
+from ltnorm.reporting import schema, tables
+from ltnorm.reporting.compare import compare, load
+
+
+def result(norm="bn", seed=0, tail=10.0, all_=50.0, sets=(), flags=None, **changes):
+    """A made-up result row of a real recipe."""
+    [recipe] = recipes.resolve({}, Overrides(flags or {}, sets, [norm], [seed]))
+    row = schema.Result(
+        schema=schema.SCHEMA,
+        fingerprint=recipe.fingerprint(),
+        dataset=recipe.dataset.name,
+        profile="exp",
+        ratio=recipe.dataset.ratio,
+        data_seed=0,
+        set_id=f"synthetic-exp{recipe.dataset.ratio:g}",
+        index_sha256="ab",
+        model="resnet32",
+        norm=norm,
+        loss="ce",
+        tag=None,
+        seed=seed,
+        epochs=200,
+        batch_size=128,
+        lr=recipe.train.lr,
+        precision="fp32",
+        eval_split="test",
+        group_scheme="shots",
+        head_classes=4,
+        medium_classes=3,
+        tail_classes=3,
+        all=all_,
+        head=80.0,
+        medium=40.0,
+        tail=tail,
+        macro_f1=45.0,
+        gmean=30.0,
+        worst_class=1.0,
+        nll=1.5,
+        ece=20.0,
+        train_loss=0.1,
+        parameters=464154,
+        images_processed=2_400_000,
+        images_backpropagated=2_400_000,
+        train_seconds=100.0,
+        images_per_second=1000.0,
+        device="cpu",
+        torch="2.11.0",
+        ltnorm="0.1.0",
+        finished="2026-01-01T00:00:00+00:00",
+        settings=schema.settings_json(recipe),
+    )
+    return dataclasses.replace(row, **changes)
+
+
+def test_seeds_are_averaged_with_the_sample_deviation_and_deltas_to_the_baseline():
+    tails = [10.0, 12.0, 17.0]
+    runs = [result(seed=i, tail=t) for i, t in enumerate(tails)]
+    runs += [
+        result("compound", seed=i, tail=t + 2, train_seconds=150.0) for i, t in enumerate(tails)
+    ]
+    [block] = compare(runs)
+    bn, compound = block.rows
+    assert (bn.label, bn.is_baseline, bn.n, bn.seeds) == ("bn", True, 3, [0, 1, 2])
+    assert bn.mean["tail"] == pytest.approx(13)
+    assert bn.std["tail"] == pytest.approx(statistics.stdev(tails))
+    assert compound.delta["tail"] == pytest.approx(2)
+    assert compound.delta["all"] == pytest.approx(0)
+    assert compound.relative_time == pytest.approx(1.5)
+
+
+def test_one_seed_has_no_spread():
+    [block] = compare([result()])
+    assert block.rows[0].std["tail"] is None
+    assert "1 seed: no spread" in tables.legend(block)
+    assert "±" not in tables._cells(block)[1][0][2]
+
+
+def test_rows_are_fingerprints_labelled_by_what_differs():
+    runs = [
+        result("compound", sets=["norm.dual_path=false"]),
+        result("compound"),
+        result("compound", seed=1),
+        result("bn"),
+    ]
+    [block] = compare(runs)
+    assert [(row.label, row.n) for row in block.rows] == [
+        ("bn", 1),
+        ("compound (dual_path=false)", 1),
+        ("compound (dual_path=true)", 2),
+    ]
+
+
+def test_blocks_share_everything_but_the_norm():
+    runs = [
+        result(flags={"dataset.ratio": 10}),
+        result("compound", flags={"dataset.ratio": 10}),
+        result(),
+        result(flags={"train.lr": 0.2}),
+        result(index_sha256="cd"),
+        result(group_scheme="thirds"),
+    ]
+    blocks = compare(runs)
+    assert sorted(len(block.rows) for block in blocks) == [1, 1, 1, 1, 2]
+    titles = [block.title for block in blocks]
+    assert any("train.lr 0.2" in title for title in titles)
+    assert any("synthetic-exp10 " in title for title in titles)
+
+
+def test_an_empty_group_stays_empty():
+    [block] = compare([result(tail=None, seed=s) for s in range(2)])
+    assert block.rows[0].mean["tail"] is None
+    assert tables._cells(block)[1][0][5] == "–"
+    [record] = json.loads(tables.as_json([block]))["rows"]
+    assert record["tail_mean"] is None
+
+
+def test_baseline_by_label_or_none():
+    runs = [result("compound"), result("compound", sets=["norm.components=3"])]
+    [block] = compare(runs)
+    assert block.baseline is None
+    assert block.rows[0].delta == {}
+    [block] = compare(runs, baseline="compound (components=3)")
+    assert [row.is_baseline for row in block.rows] == [False, True]
+    [block] = compare(runs, baseline="compound")  # two rows have that norm
+    assert block.baseline is None
+
+
+def test_sorting_puts_the_best_first_and_knows_what_is_better():
+    runs = [
+        result("bn", tail=5.0, nll=1.0),
+        result("gn", tail=None, nll=3.0),
+        result("split", nll=2.0),
+    ]
+    [block] = compare(runs, sort="tail")
+    assert [row.label for row in block.rows] == ["split", "bn", "gn"]
+    [block] = compare(runs, sort="nll")
+    assert [row.label for row in block.rows] == ["bn", "split", "gn"]
+    with pytest.raises(UsageError) as error:
+        compare(runs, sort="tial")
+    assert "did you mean 'tail'" in error.value.hint
+
+
+def test_every_format_tells_the_same_numbers():
+    runs = [result(seed=s, tail=10.0 + s) for s in range(3)] + [result("gn", tail=14.0)]
+    blocks = compare(runs, metrics=["tail", "nll"])
+    markdown = tables.markdown(blocks)
+    assert "| bn | 3 | 11.0 ± 1.0 | 1.500 ± 0.000 | – | – |" in markdown
+    assert "| gn | 1 | 14.0 | 1.500 | +0.0 | +3.0 |" in markdown
+    rows = list(csv.DictReader(io.StringIO(tables.as_csv(blocks))))
+    assert [float(row["tail_mean"]) for row in rows] == [11, 14]
+    assert rows[0]["seeds"] == "0 1 2"
+    records = json.loads(tables.as_json(blocks))["rows"]
+    assert records[1]["tail_delta"] == 3.0
+
+
+def test_a_result_survives_the_disk(tmp_path):
+    row = result(tail=None, all_=100 / 3)
+    schema.write_result(tmp_path, row)
+    assert schema.read_result(tmp_path / schema.RESULT) == row
+    assert [p.name for p in tmp_path.iterdir()] == [schema.RESULT]
+
+
+def test_the_same_run_found_twice_counts_once(tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        schema.write_result(tmp_path / place, result())
+    results, problems = load([tmp_path, tmp_path / "a"])
+    assert (len(results), problems) == (1, [])
+
+
+def test_bad_files_are_told_and_the_rest_is_compared(tmp_path):
+    for place in "abcd":
+        (tmp_path / place).mkdir()
+        schema.write_result(tmp_path / place, result(seed=ord(place)))
+    text = (tmp_path / "a" / schema.RESULT).read_text()
+    (tmp_path / "a" / schema.RESULT).write_text(text.replace("\n1,", "\n7,", 1))
+    (tmp_path / "b" / schema.RESULT).write_text(text.splitlines()[0] + "\n1,2\n")
+    (tmp_path / "c" / schema.RESULT).write_bytes(b"\xff\xfe\x00")
+    results, problems = load([tmp_path])
+    assert [r.seed for r in results] == [ord("d")]
+    assert len(problems) == 3
+    assert any("schema 7" in p for p in problems)
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "schema,fingerprint\n1,x\n"])
+def test_nothing_readable_is_an_error(tmp_path, text):
+    (tmp_path / schema.RESULT).write_text(text)
+    with pytest.raises(LtnormError) as error:
+        load([tmp_path])
+    assert error.value.exit_code == 1
+
+
+def test_nothing_found_is_told(tmp_path):
+    with pytest.raises(NothingFound):
+        load([tmp_path])
+    with pytest.raises(UsageError, match="no such"):
+        load([tmp_path / "nowhere"])
+
+
+def test_two_recipes_never_share_a_directory(tmp_path):
+    made = [
+        recipes.resolve({}, Overrides(sets=sets, norms=["compound"], seeds=[seed]))[0]
+        for sets in ([], ["norm.dual_path=false"], ["train.lr=0.2"])
+        for seed in (0, 1)
+    ]
+    directories = [schema.run_directory(recipe, tmp_path) for recipe in made]
+    assert len(set(directories)) == 6
+    assert directories[0].parent.name == "resnet32-compound-ce"
+    assert directories[2].parent.name == f"resnet32-compound-ce-{made[2].fingerprint()[:6]}"
+    # The same again, in another order, gives the same places.
+    assert [schema.run_directory(r, tmp_path) for r in reversed(made)] == directories[::-1]

@@ -1,0 +1,201 @@
+import hashlib
+import json
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from ltnorm import recipe as recipes
+from ltnorm.data import datasets
+from ltnorm.data.longtail import choose
+from ltnorm.data.prepare import find, prepare, set_id
+from ltnorm.data.synthetic import synthetic
+from ltnorm.errors import LtnormError, UsageError
+
+
+def spec(**options):
+    small = {"name": "synthetic", "train_per_class": 100, "test_per_class": 5}
+    return recipes.validate({"dataset": small | options}).dataset
+
+
+def test_a_prepared_set_holds_the_chosen_images(tmp_path):
+    wanted = spec(ratio=10, train_per_class=50, val=5, data_seed=3)
+    made = prepare(wanted, tmp_path, tmp_path / "data")
+    source = synthetic(tmp_path, False, train_per_class=50, test_per_class=5)
+    subset = choose(source.train_labels, 10, 10, val=5, data_seed=3)
+    for split, images, labels in (
+        ("train", source.train_images[subset.train], source.train_labels[subset.train]),
+        ("val", source.train_images[subset.val], source.train_labels[subset.val]),
+        ("test", source.test_images, source.test_labels),
+    ):
+        found_images, found_labels = made.load(split)
+        assert np.array_equal(found_images, images)
+        assert np.array_equal(found_labels, labels)
+    assert made.counts == subset.counts == np.bincount(made.load("train")[1]).tolist()
+    indices = np.concatenate([subset.train, subset.val])
+    assert made.index_sha256 == hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [made.path.name]
+
+
+def test_a_second_call_finds_it(tmp_path):
+    first = prepare(spec(n_max=20, ratio=2), tmp_path, tmp_path)
+    second = prepare(spec(n_max=20, ratio=2), tmp_path, tmp_path)
+    assert (first.fresh, second.fresh) == (True, False)
+    assert second.manifest == first.manifest
+
+
+def test_what_changes_the_images_changes_the_name():
+    names = [
+        set_id(spec(**options))
+        for options in (
+            {},
+            {"ratio": 10},
+            {"profile": "step"},
+            {"n_max": 100},
+            {"val": 10},
+            {"class_order": "reversed"},
+            {"data_seed": 1},
+            {"classes": 5},
+            {"generator_seed": 1},
+        )
+    ]
+    assert len(set(names)) == len(names)
+    assert set_id(recipes.validate({}).dataset) == "synthetic-exp100"
+
+
+@pytest.mark.parametrize("file", ["train_images.npy", "test_labels.npy"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+def test_damage_is_found_and_named(tmp_path, file, how):
+    made = prepare(spec(n_max=20, ratio=2), tmp_path, tmp_path)
+    path = made.path / file
+    content = bytearray(path.read_bytes())
+    if how == "delete":
+        path.unlink()
+    else:
+        content[-1] ^= 1
+        path.write_bytes(content if how == "flip" else content[: len(content) // 2])
+    with pytest.raises(LtnormError, match=file) as error:
+        made.check()
+    assert "--force" in error.value.hint
+    assert prepare(spec(n_max=20, ratio=2), tmp_path, tmp_path, force=True).check() is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 99}'])
+def test_a_damaged_or_foreign_manifest_is_refused(tmp_path, content):
+    made = prepare(spec(n_max=20, ratio=2), tmp_path, tmp_path)
+    (made.path / "manifest.json").write_text(content)
+    with pytest.raises(LtnormError):
+        find(spec(n_max=20, ratio=2), tmp_path)
+
+
+def test_only_the_split_asked_for_is_opened(tmp_path):
+    made = prepare(spec(n_max=20, ratio=2, val=3), tmp_path, tmp_path)
+    for file in made.path.glob("test_*"):
+        file.unlink()
+    made.load("train")
+    made.load("val")
+    with pytest.raises(LtnormError, match="test_images"):
+        made.load("test")
+
+
+def test_two_processes_may_make_the_same_set(tmp_path):
+    made = []
+    threads = [
+        threading.Thread(target=lambda: made.append(prepare(spec(n_max=50), tmp_path, tmp_path)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made
+    made[-1].check()
+
+
+def test_synthetic_is_seeded_balanced_and_ambiguous(tmp_path):
+    first, again, other = (
+        synthetic(tmp_path, False, train_per_class=20, generator_seed=seed) for seed in (0, 0, 1)
+    )
+    assert np.array_equal(first.train_images, again.train_images)
+    assert not np.array_equal(first.train_images, other.train_images)
+    assert first.train_images.shape == (200, 32, 32, 3)
+    assert first.train_images.dtype == np.uint8
+    assert np.bincount(first.test_labels).tolist() == [100] * 10
+    # Nothing of a class shows in first moments: brightness and contrast do not tell classes apart.
+    many = synthetic(tmp_path, False, train_per_class=400)
+    means = many.train_images.reshape(10, 400, -1).mean(axis=(1, 2))
+    spread = many.train_images.reshape(4000, -1).mean(axis=1).std()
+    assert np.ptp(means) < 5 * spread / np.sqrt(400)
+
+
+def test_missing_data_says_where_it_was_looked_for(tmp_path):
+    for name in ("cifar10", "cifar100", "fashion-mnist"):
+        wanted = recipes.validate({"dataset": {"name": name}}).dataset
+        with pytest.raises(UsageError, match=str(tmp_path)) as error:
+            prepare(wanted, tmp_path, tmp_path / "data")
+        assert f"ltnorm prepare --dataset {name}" in error.value.hint
+
+
+def test_checksums_are_torchvisions():
+    from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
+
+    source = open(datasets.__file__).read()
+    for dataset in (CIFAR10, CIFAR100):
+        for name, md5 in (*dataset.train_list, *dataset.test_list):
+            assert f'"{name}": "{md5}"' in source
+        assert f'"{dataset.meta["filename"]}": "{dataset.meta["md5"]}"' in source
+    for name, md5 in FashionMNIST.resources:
+        assert f'"{name}": "{md5}"' in source
+
+
+def test_pickles_with_code_are_refused(tmp_path):
+    import io
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("pwned",))
+
+    with pytest.raises(pickle.UnpicklingError, match="not allowed"):
+        datasets._PlainUnpickler(io.BytesIO(pickle.dumps(Evil()))).load()
+
+
+def test_cifar10_is_read_as_torchvision_reads_it(real_data, tmp_path):
+    from torchvision.datasets import CIFAR10
+
+    ours = datasets.cifar10(real_data, False)
+    for train, images, labels in (
+        (True, ours.train_images, ours.train_labels),
+        (False, ours.test_images, ours.test_labels),
+    ):
+        theirs = CIFAR10(str(real_data), train=train)
+        assert np.array_equal(images, theirs.data)
+        assert labels.tolist() == theirs.targets
+        assert ours.classes == theirs.classes
+
+
+def test_cifar10_lt_on_real_data(real_data, tmp_path):
+    wanted = recipes.validate({"dataset": {"name": "cifar10"}}).dataset
+    made = prepare(wanted, real_data, tmp_path)
+    assert made.counts == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    assert len(made.load("test")[1]) == 10000
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    assert manifest["source_md5"]["test_batch"] == "40351d587109b95175f43aff81a1287e"
+
+
+def test_damaged_source_files_are_named(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
+        (folder / name).write_bytes(b"not it")
+    with pytest.raises(LtnormError, match=r"data_batch_1 is damaged: md5"):
+        datasets.cifar10(tmp_path, False)
+
+
+def test_preparing_needs_no_torch():
+    import subprocess
+
+    code = "import ltnorm.data.prepare, ltnorm.cli, ltnorm.reporting.compare, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

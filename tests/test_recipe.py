@@ -1,0 +1,174 @@
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ltnorm import recipe as recipes
+from ltnorm import registry
+from ltnorm.errors import UsageError
+from ltnorm.recipe import Overrides, resolve, validate
+
+
+def test_the_defaults_are_the_standard_recipe():
+    recipe = validate({})
+    assert recipe.model.name == "resnet32"
+    assert recipe.train.model_dump() == validate(recipes.read("cifar10-lt")).train.model_dump()
+
+
+@pytest.mark.parametrize("name", list(recipes.shipped_recipes()))
+def test_every_shipped_recipe_is_valid_and_described(name):
+    recipe = validate(recipes.read(name))
+    assert recipe.dataset.name in registry.DATASETS
+    assert len(recipes.summary(recipes.shipped_recipes()[name])) > 20
+
+
+def test_every_dataset_names_a_shipped_recipe():
+    for entry in registry.DATASETS.values():
+        assert entry.recipe in recipes.shipped_recipes()
+
+
+def test_every_entry_can_be_loaded_and_its_options_have_defaults():
+    for kind, table in registry.TABLES.items():
+        for name in table:
+            assert registry.targets(kind, name)
+            registry.options_model(kind, name)()
+
+
+def test_precedence_recipe_flag_set():
+    base = {"train": {"epochs": 1, "lr": 1.0, "batch_size": 1}}
+    [recipe] = resolve(
+        base, Overrides({"train.lr": 2.0, "train.batch_size": 2}, ["train.batch_size=3"])
+    )
+    assert (recipe.train.epochs, recipe.train.lr, recipe.train.batch_size) == (1, 2.0, 3)
+    assert recipe.train.momentum == 0.9
+
+
+def test_norms_times_seeds_and_norm_options_where_they_fit():
+    made = resolve(
+        {},
+        Overrides(
+            sets=["norm.components=3", "train.lr=2e-1"], norms=["bn", "compound"], seeds=[0, 1]
+        ),
+    )
+    assert [(r.norm.name, r.seed) for r in made] == [
+        ("bn", 0),
+        ("bn", 1),
+        ("compound", 0),
+        ("compound", 1),
+    ]
+    assert "components" not in made[0].norm.options
+    assert made[2].norm.options["components"] == 3
+    assert {r.train.lr for r in made} == {0.2}
+
+
+def test_a_new_name_drops_the_options_of_the_old_one():
+    base = {
+        "norm": {"name": "compound", "components": 3},
+        "dataset": {"name": "synthetic", "classes": 5, "ratio": 7},
+    }
+    [recipe] = resolve(base, Overrides({"dataset.name": "cifar10"}, norms=["bn"]))
+    assert recipe.norm.name == "bn"
+    assert (recipe.dataset.name, recipe.dataset.ratio) == ("cifar10", 7)
+    [kept] = resolve(base, Overrides(norms=["compound"]))
+    assert kept.norm.options["components"] == 3
+    [by_set] = resolve(base, Overrides(sets=["norm.name=gn"]))
+    assert by_set.norm.name == "gn"
+
+
+def test_yaml_numbers_in_scientific_notation_are_numbers():
+    data = yaml.safe_load("train: {weight_decay: 2e-4, lr: 1e-1}")
+    assert data["train"]["weight_decay"] == "2e-4"
+    assert validate(data).train.weight_decay == 2e-4
+
+
+def test_all_mistakes_are_told_at_once_with_their_paths():
+    with pytest.raises(UsageError) as error:
+        validate(
+            {
+                "train": {"epochs": 0, "epoch": 3},
+                "norm": {"name": "compound", "components": 0},
+                "dataset": {"rato": 10},
+            }
+        )
+    message = error.value.message
+    for part in ("4 mistakes", "train.epochs", "train.epoch:", "norm.components", "dataset.rato"):
+        assert part in message
+    assert "did you mean 'epochs'" in error.value.hint
+    assert "did you mean 'ratio'" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("data", "path"),
+    [
+        ({"norm": {"name": "compond"}}, "norm.name"),
+        ({"norm": "bn"}, "norm"),
+        ({"train": None}, "train"),
+        ({"eval": {"split": "val"}}, "eval.split"),
+        ({"dataset": {"ratio": 0.5}}, "dataset.ratio"),
+        ({"dataset": {"ratio": float("nan")}}, "dataset.ratio"),
+        ({"train": {"lr": float("inf")}}, "train.lr"),
+        ({"device": "gpu"}, "device"),
+        ({"tag": "../up"}, "tag"),
+        ({"norm": {"name": "split", "affine": "component"}}, "norm.affine"),
+        ({"norm": {"name": "compound", "aux_weight": 2}}, "norm.aux_weight"),
+        ({"optimizer": {}}, "optimizer"),
+    ],
+)
+def test_a_mistake_is_told_by_its_path(data, path):
+    with pytest.raises(UsageError) as error:
+        validate(data)
+    assert error.value.message.startswith(f"{path}:")
+
+
+@pytest.mark.parametrize("item", ["norm.components", "=3", "norm.components=[1"])
+def test_set_must_be_key_value(item):
+    with pytest.raises(UsageError, match="--set"):
+        resolve({}, Overrides(sets=[item]))
+
+
+def test_a_norm_option_that_no_norm_has_is_a_mistake():
+    with pytest.raises(UsageError, match="none of the norms") as error:
+        resolve({}, Overrides(sets=["norm.component=3"], norms=["bn", "compound"]))
+    assert "did you mean 'components'" in error.value.hint
+
+
+def test_the_fingerprint_knows_what_matters():
+    base = validate({})
+    assert validate({"seed": 7, "device": "cpu"}).fingerprint() == base.fingerprint()
+    others = [
+        {"train": {"lr": 0.2}},
+        {"norm": {"name": "gn"}},
+        {"norm": {"name": "bn", "momentum": 0.2}},
+        {"dataset": {"ratio": 10}},
+        {"tag": "x"},
+        {"eval": {"groups": "shots"}},
+    ]
+    prints = {validate(data).fingerprint() for data in others} | {base.fingerprint()}
+    assert len(prints) == len(others) + 1
+    # Typed values, so that 100 and 100.0 are one ratio.
+    assert validate({"dataset": {"ratio": 100}}).fingerprint() == base.fingerprint()
+
+
+@given(
+    lr=st.floats(1e-6, 10),
+    epochs=st.integers(1, 1000),
+    norm=st.sampled_from(list(registry.NORMS)),
+    ratio=st.floats(1, 1000),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_resolved_recipe_repeats_itself(lr, epochs, norm, ratio, seed):
+    recipe = validate(
+        {
+            "train": {"lr": lr, "epochs": epochs},
+            "norm": {"name": norm},
+            "dataset": {"ratio": ratio},
+            "seed": seed,
+        }
+    )
+    again = validate(yaml.safe_load(recipe.to_yaml()))
+    assert again == recipe
+    assert again.fingerprint() == recipe.fingerprint()
+
+
+def test_a_recipe_names_no_paths():
+    assert "/" not in validate({}).to_yaml()
