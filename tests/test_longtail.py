@@ -90,7 +90,7 @@ def test_subsets_are_ldam_drws():
     np.random.seed(0)
     expected = []
     for label, n in enumerate(long_tail_counts(5000, 10, 100)):
-        indices = np.where(CIFAR10_LABELS == label)[0]
+        indices = np.where(label == CIFAR10_LABELS)[0]
         np.random.shuffle(indices)
         expected.append(indices[:n])
     chosen = choose(CIFAR10_LABELS, 10, 100)

@@ -1,0 +1,224 @@
+"""Prepared sets: one folder each, whole, checked and never half-written.
+
+A prepared set holds uint8 arrays [N, H, W, 3] and int64 labels for each split, and a
+`manifest.json` that says what they are: source checksums, profile, counts, the hash of the kept
+indices, and a sha256 of every file.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ltnorm import registry
+from ltnorm.data.longtail import choose
+from ltnorm.errors import LtnormError, UsageError
+from ltnorm.recipe import Dataset
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """A prepared set on disk."""
+
+    path: Path
+    manifest: dict[str, Any]
+    fresh: bool = False  # made by this call
+
+    @property
+    def set_id(self) -> str:
+        """The name of the set: what was asked for, in words."""
+        return self.manifest["set_id"]
+
+    @property
+    def index_sha256(self) -> str:
+        """The hash of the kept indices: two sets with the same one hold the same images."""
+        return self.manifest["index_sha256"]
+
+    @property
+    def counts(self) -> list[int]:
+        """Training images a class."""
+        return self.manifest["counts"]
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names."""
+        return self.manifest["classes"]
+
+    @property
+    def image_size(self) -> int:
+        """Height of an image in pixels."""
+        return self.manifest["image_size"]
+
+    def load(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
+        """The images and labels of one split, checked; no other split's files are opened.
+
+        Raises:
+            LtnormError: a file is missing or damaged.
+        """
+        images, labels = (f"{split}_images.npy", f"{split}_labels.npy")
+        if images not in self.manifest["sha256"]:
+            raise UsageError(
+                f"{self.set_id} has no {split} split", "`ltnorm prepare --val N` holds out images"
+            )
+        for name in (images, labels):
+            self._check(name)
+        return np.load(self.path / images), np.load(self.path / labels)
+
+    def check(self) -> None:
+        """Check every file against its sha256.
+
+        Raises:
+            LtnormError: a file is missing or damaged; the message names it.
+        """
+        for name in self.manifest["sha256"]:
+            self._check(name)
+
+    def _check(self, name: str) -> None:
+        file = self.path / name
+        if not file.is_file():
+            raise damaged(self.path, f"{file} is missing")
+        if _sha256(file) != self.manifest["sha256"][name]:
+            raise damaged(self.path, f"{file} is damaged (its sha256 is not the manifest's)")
+
+
+def damaged(path: Path, what: str) -> LtnormError:
+    """The error for a prepared set that is not whole."""
+    return LtnormError(what, f"`ltnorm prepare --force` with the same flags rebuilds {path.name}")
+
+
+def set_id(spec: Dataset) -> str:
+    """A readable name that differs whenever the images do, e.g. `cifar10-exp100-val50`."""
+    parts = [spec.name, f"{spec.profile}{spec.ratio:g}"]
+    parts += [f"n{spec.n_max}"] if spec.n_max else []
+    parts += [f"val{spec.val}"] if spec.val else []
+    parts += [spec.class_order] if spec.class_order != "label" else []
+    parts += [f"d{spec.data_seed}"] if spec.data_seed else []
+    defaults = registry.options_model("dataset", spec.name)().model_dump()
+    parts += [f"{k}={v}" for k, v in spec.options.items() if v != defaults[k]]
+    return "-".join(parts)
+
+
+def find(spec: Dataset, data_dir: Path) -> PreparedSet | None:
+    """The prepared set for `spec`, or None if it has not been made.
+
+    Raises:
+        LtnormError: the folder is there but its manifest is damaged, or of another format.
+    """
+    path = data_dir / set_id(spec)
+    manifest = path / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        version = content["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(path, f"{manifest} is missing or damaged") from error
+    if version != FORMAT:
+        raise damaged(path, f"{path} has format {version}, this ltnorm reads {FORMAT}")
+    return PreparedSet(path, content)
+
+
+def prepare(
+    spec: Dataset, root: Path, data_dir: Path, *, download: bool = False, force: bool = False
+) -> PreparedSet:
+    """Make the prepared set for `spec`, or find it made already.
+
+    Args:
+        spec: which data set and how its classes are cut.
+        root: where the raw data lies or is downloaded to (torchvision's meaning).
+        data_dir: where prepared sets lie.
+        download: whether raw data may be fetched over the network.
+        force: make it anew even if it is there.
+
+    Raises:
+        LtnormError: damaged files, failed download, no permission.
+        UsageError: a set that cannot be: an empty class, n_max above what the data has.
+    """
+    if not force and (found := find(spec, data_dir)):
+        return found
+    source = registry.load(registry.lookup("dataset", spec.name).target)(
+        root, download, **spec.options
+    )
+    subset = choose(
+        source.train_labels,
+        len(source.classes),
+        spec.ratio,
+        profile=spec.profile,
+        n_max=spec.n_max,
+        val=spec.val,
+        order=spec.class_order,
+        data_seed=spec.data_seed,
+    )
+    arrays = {
+        "train_images": source.train_images[subset.train],
+        "train_labels": source.train_labels[subset.train],
+        "test_images": np.ascontiguousarray(source.test_images),
+        "test_labels": source.test_labels,
+    }
+    if spec.val:
+        arrays["val_images"] = source.train_images[subset.val]
+        arrays["val_labels"] = source.train_labels[subset.val]
+    indices = np.concatenate([subset.train, subset.val]).astype("<i8")
+    manifest = {
+        "format": FORMAT,
+        "set_id": set_id(spec),
+        "spec": spec.model_dump(mode="json"),
+        "classes": source.classes,
+        "counts": subset.counts,
+        "val_per_class": spec.val,
+        "image_size": int(source.train_images.shape[1]),
+        "mean": list(source.mean),
+        "std": list(source.std),
+        "source_md5": source.checksums,
+        "index_sha256": hashlib.sha256(indices.tobytes()).hexdigest(),
+    }
+    path = data_dir / set_id(spec)
+    try:
+        _write(path, arrays, manifest, replace=force)
+    except OSError as error:
+        raise LtnormError(
+            f"cannot write the prepared set to {data_dir}: {error.strerror or error}",
+            "choose a writable folder with --data-dir DIR",
+        ) from error
+    return PreparedSet(path, json.loads((path / MANIFEST).read_text()), fresh=True)
+
+
+def _write(
+    path: Path, arrays: dict[str, np.ndarray], manifest: dict[str, Any], replace: bool
+) -> None:
+    """Write to a temporary folder beside `path`, then rename: it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary.chmod(0o755)
+    try:
+        checksums = {}
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+            checksums[f"{name}.npy"] = _sha256(temporary / f"{name}.npy")
+        manifest = manifest | {"sha256": checksums}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            temporary.rename(path)
+        except OSError:
+            # Another process made the same set in the meantime; it holds the same images.
+            if not (path / MANIFEST).is_file():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

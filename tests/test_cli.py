@@ -1,0 +1,390 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ltnorm import registry
+from ltnorm.reporting import schema
+from ltnorm.training import run as running
+
+TINY_BN = "train --recipe tiny.yaml --norm bn"
+BN_RUN = "results/synthetic-exp10/resnet8-bn-ce/seed0"
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_train_eval_compare(ltnorm):
+    """The whole path: four norms, a table, the files of a run, the same numbers everywhere."""
+    norms = "--norm bn --norm gn --norm split --norm compound"
+    trained = ltnorm(f"train --recipe tiny.yaml {norms} --seeds 0,1 --json")
+    assert trained.code == 0, trained.err
+    runs = json.loads(trained.out)["runs"]
+    assert [(r["norm"], r["seed"]) for r in runs] == [
+        (norm, seed) for norm in ("bn", "gn", "split", "compound") for seed in (0, 1)
+    ]
+    assert "epoch 2/2" in trained.err
+    for run in runs:
+        files = sorted(os.listdir(run["directory"]))
+        assert files == [
+            "checkpoint.pt",
+            "epochs.csv",
+            "per_class.csv",
+            "predictions.npz",
+            "recipe.yaml",
+            "result.csv",
+        ]
+        [row] = rows_of(f"{run['directory']}/result.csv")
+        evaluated = ltnorm(f"eval {run['directory']} --json")
+        measured = json.loads(evaluated.out)
+        for metric in schema.METRICS:
+            assert measured[metric] == float(row[metric]) == run[metric], metric
+        classes = rows_of(f"{run['directory']}/per_class.csv")
+        assert [float(c["accuracy"]) for c in classes] == measured["per_class"]
+
+    compared = ltnorm("compare results --format json")
+    rows = json.loads(compared.out)["rows"]
+    assert [(r["norm"], r["n"]) for r in rows] == [
+        ("bn", 2),
+        ("gn", 2),
+        ("split", 2),
+        ("compound", 2),
+    ]
+    mean = sum(r["tail"] for r in runs if r["norm"] == "compound") / 2
+    assert rows[3]["tail_mean"] == pytest.approx(mean)
+    table = ltnorm("compare").out
+    for word in ("bn", "compound", "head", "medium", "tail", "Δ tail", "±", "1.00x"):
+        assert word in table
+
+
+def test_a_finished_run_is_skipped_and_force_repeats_it(ltnorm):
+    assert ltnorm(TINY_BN).code == 0
+    before = os.stat(f"{BN_RUN}/result.csv").st_mtime_ns
+    again = ltnorm(TINY_BN)
+    assert "is finished" in again.err
+    assert BN_RUN in again.out
+    assert os.stat(f"{BN_RUN}/result.csv").st_mtime_ns == before
+    assert ltnorm(f"{TINY_BN} --force").code == 0
+    assert os.stat(f"{BN_RUN}/result.csv").st_mtime_ns > before
+
+
+def test_two_settings_give_two_rows(ltnorm):
+    command = "train --recipe tiny.yaml --norm compound"
+    assert ltnorm(command).code == ltnorm(f"{command} --set norm.dual_path=false").code == 0
+    rows = json.loads(ltnorm("compare --json").out)["rows"]
+    assert [r["label"] for r in rows] == ["compound (dual_path=false)", "compound (dual_path=true)"]
+
+
+def test_the_recipe_of_a_run_repeats_it(ltnorm):
+    ltnorm("train --recipe tiny.yaml --norm compound --seed 5 --set norm.components=3")
+    path = "results/synthetic-exp10/resnet8-compound-ce/seed5"
+    assert ltnorm(f"train --recipe {path}/recipe.yaml --out again").code == 0
+    first, second = (
+        schema.read_result(schema.find_results([Path(out)])[0]) for out in ("results", "again")
+    )
+    assert first.fingerprint == second.fingerprint
+    for metric in schema.METRICS:
+        assert getattr(first, metric) == getattr(second, metric)
+
+
+def test_the_test_set_is_never_opened_with_eval_split_val(ltnorm, tmp_path):
+    assert ltnorm("prepare --recipe tiny.yaml --val 5").code == 0
+    [folder] = (tmp_path / "data").iterdir()
+    for file in folder.glob("test_*"):
+        file.unlink()
+    assert ltnorm(f"{TINY_BN} --val 5 --eval-split val").code == 0
+    [row] = rows_of(f"{BN_RUN}/result.csv")
+    assert row["eval_split"] == "val"
+    assert ltnorm(f"eval {BN_RUN} --json").code == 0
+    assert ltnorm(f"eval {BN_RUN} --split test").code == 1
+
+
+def test_prepare_prints_classes_and_is_idempotent(ltnorm):
+    first = ltnorm("prepare --recipe tiny.yaml --ratio 5")
+    assert first.code == 0
+    for word in ("texture-0", "30", "█", "head", "tail", "thirds"):
+        assert word in first.out
+    assert "written to" in first.err
+    second = ltnorm("prepare --recipe tiny.yaml --ratio 5 --json")
+    assert "up to date" in second.err
+    assert json.loads(second.out)["counts"][0] == 30
+
+
+def test_eval_prints_groups_and_classes(ltnorm):
+    ltnorm(TINY_BN)
+    shown = ltnorm(f"eval {BN_RUN}")
+    for word in ("macro F1", "G-mean", "worst class", "NLL", "ECE", "texture-3", "medium"):
+        assert word in shown.out
+
+
+@pytest.mark.parametrize("kind", ["norms", "losses", "models", "datasets", "recipes"])
+def test_list(ltnorm, kind):
+    shown = ltnorm(f"list {kind}")
+    assert shown.code == 0
+    names = [entry["name"] for entry in json.loads(ltnorm(f"list {kind} --json").out)]
+    assert all(name in shown.out for name in names)
+    if kind == "norms":
+        assert names == list(registry.NORMS)
+
+
+def test_compare_formats(ltnorm):
+    ltnorm(TINY_BN)
+    assert ltnorm("compare --format markdown").out.startswith("**synthetic-exp10")
+    assert ltnorm("compare --format csv").out.startswith("block,label,norm")
+    assert "worst class" in ltnorm("compare --metric worst_class --sort worst_class").out
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train --norm compond", ["unknown norm 'compond'", "did you mean 'compound'"]),
+        ("train --dataset cifr10", ["unknown dataset", "did you mean 'cifar10'"]),
+        ("train --model resnet9", ["unknown model", "resnet8"]),
+        ("train --loss cee", ["unknown loss", "did you mean 'ce'"]),
+        ("train --recipe quik", ["no recipe 'quik'", "did you mean 'quick'"]),
+        ("train --recipe tiny.yaml --set trian.lr=1", ["trian", "did you mean 'train'"]),
+        ("train --set train.lrr=1", ["train.lrr", "did you mean 'lr'"]),
+        ("train --ratio 0.5", ["dataset.ratio", "greater than or equal to 1"]),
+        ("train --n-max 501", ["n_max 501", "at most 500"]),
+        ("train --ratio 1000", ["empty", "--ratio"]),
+        ("train --val 500", ["val 500", "--val"]),
+        ("train --norm compound --set norm.components=0", ["norm.components", "0"]),
+        ("train --norm compound --set norm.components=11", ["more than the 10 classes"]),
+        ("train --norm bn --set norm.components=2", ["none of the norms", "components"]),
+        ("train --eval-split val", ["eval.split", "--val N"]),
+        ("train --batch-size 100000", ["batch size 100000", "--batch-size"]),
+        ("train --seeds 4-0", ["--seeds '4-0'", "0-4"]),
+        ("train --device cuda:99", ["cuda:99", "--device cpu"]),
+        ("train --set lr", ["--set lr", "key=value"]),
+        ("train --nrom bn", ["--nrom", "--help"]),
+        ("train --epochs many", ["--epochs", "integer", "--help"]),
+        ("trian", ["trian", "--help"]),
+        ("compare --format pdf", ["pdf", "--help"]),
+        ("compare nowhere", ["nowhere"]),
+        ("eval nowhere --split dev", ["dev", "test, val"]),
+        ("list normz", ["normz"]),
+        ("prepare --profile cubic", ["dataset.profile"]),
+    ],
+)
+def test_bad_usage(failing, command, words):
+    text = failing(command, code=2)
+    for word in words:
+        assert word in text
+
+
+def test_an_empty_class_of_cifar100_is_refused(failing, tmp_path, monkeypatch):
+    import numpy as np
+
+    from ltnorm.data import datasets
+
+    def tiny_cifar100(root, download):
+        labels = np.repeat(np.arange(100), 500)
+        images = np.zeros((50000, 1, 1, 3), np.uint8)
+        names = [str(i) for i in range(100)]
+        return datasets.Source(images, labels, images, labels, names, (0.5,) * 3, (0.5,) * 3, {})
+
+    monkeypatch.setattr(datasets, "cifar100", tiny_cifar100)
+    text = failing("prepare --dataset cifar100 --ratio 1000 --quiet", code=2)
+    assert "leaves" in text
+    assert "of 100 classes empty" in text
+
+
+def test_a_recipe_with_three_mistakes(failing, tmp_path):
+    (tmp_path / "bad.yaml").write_text(
+        "train: {epochs: none, batchsize: 3}\nnorm: {name: compound, components: -1}\n"
+    )
+    text = failing("train --recipe bad.yaml", code=2)
+    for word in ("3 mistakes", "train.epochs", "train.batchsize", "norm.components"):
+        assert word in text
+
+
+@pytest.mark.parametrize("content", ["a: [1", "- 1", "just words", "\x00", "train: 3"])
+def test_recipes_that_are_no_recipes(failing, tmp_path, content):
+    (tmp_path / "bad.yaml").write_text(content)
+    failing("train --recipe bad.yaml", code=2)
+
+
+def test_scientific_notation_in_yaml(ltnorm, tmp_path):
+    tiny = (tmp_path / "tiny.yaml").read_text()
+    assert "lr: 0.05" in tiny
+    (tmp_path / "tiny.yaml").write_text(tiny.replace("lr: 0.05", "lr: 5e-2"))
+    assert ltnorm(TINY_BN).code == 0
+    assert yaml.safe_load(Path(f"{BN_RUN}/recipe.yaml").read_text())["train"]["lr"] == 0.05
+
+
+def test_missing_data_tells_the_command_that_fetches_it(failing, ltnorm):
+    text = failing("prepare --dataset cifar10 --no-download", code=2)
+    assert "`ltnorm prepare --dataset cifar10`" in text
+    text = failing("train --dataset cifar10 --quiet", code=2).splitlines()
+    assert "`ltnorm prepare --dataset cifar10`" in text[1]
+
+
+def test_a_damaged_prepared_set(failing, ltnorm, tmp_path):
+    ltnorm("prepare --recipe tiny.yaml")
+    [file] = (tmp_path / "data").glob("*/train_images.npy")
+    file.write_bytes(file.read_bytes()[:-1])
+    for command in ("prepare --recipe tiny.yaml --quiet", f"{TINY_BN} --quiet"):
+        text = failing(command, code=1)
+        assert "train_images.npy" in text
+        assert "--force" in text
+    assert ltnorm("prepare --recipe tiny.yaml --force").code == 0
+    assert ltnorm(TINY_BN).code == 0
+
+
+def test_damaged_checkpoints_and_missing_runs(failing, ltnorm, tmp_path):
+    assert "no checkpoint" in failing("eval results/none", code=3)
+    ltnorm(TINY_BN)
+    checkpoint = tmp_path / BN_RUN / "checkpoint.pt"
+    content = checkpoint.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"no checkpoint"):
+        checkpoint.write_bytes(damaged)
+        assert "damaged" in failing(f"eval {BN_RUN}", code=1)
+
+
+def test_results_of_another_schema(failing, ltnorm, tmp_path):
+    ltnorm(TINY_BN)
+    file = tmp_path / BN_RUN / "result.csv"
+    file.write_text(file.read_text().replace("schema,", "schema,added,").replace("\n1,", "\n2,x,"))
+    assert "schema 2" in failing("compare results", code=1)
+
+
+def test_nothing_to_compare(failing, tmp_path):
+    (tmp_path / "results").mkdir()
+    assert "ltnorm train" in failing("compare results", code=3)
+
+
+def test_places_that_cannot_be_written(failing, tmp_path):
+    (tmp_path / "results").write_text("a file")
+    assert "is a file" in failing(TINY_BN, code=2)
+    assert "is not a result" in failing("compare results", code=1)
+    (tmp_path / "below").write_text("a file")
+    assert "not writable" in failing(f"{TINY_BN} --out below/results", code=2)
+    assert "--data-dir" in failing(f"{TINY_BN} --out o --data-dir below/data --quiet", code=1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission(failing, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    assert "not writable" in failing(f"{TINY_BN} --out locked", code=2)
+
+
+def test_a_full_disk_in_the_middle_keeps_finished_runs(failing, ltnorm, tmp_path, monkeypatch):
+    ltnorm(TINY_BN)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(running.checkpoint, "save", full)
+    text = failing("train --recipe tiny.yaml --norm gn --quiet", code=1)
+    assert "No space left" in text
+    assert (tmp_path / BN_RUN / "result.csv").exists()
+    assert len(schema.find_results([tmp_path / "results"])) == 1
+
+
+def test_divergence_ends_one_run_and_the_others_go_on(ltnorm, monkeypatch):
+    fit = running.fit
+
+    def fit_gn_diverges(objective, loader, train, progress):
+        if "gn" in progress.label:
+            train = train.model_copy(update={"lr": 1e30})
+        return fit(objective, loader, train, progress)
+
+    monkeypatch.setattr(running, "fit", fit_gn_diverges)
+    answer = ltnorm("train --recipe tiny.yaml --norm bn --norm gn --norm compound")
+    assert answer.code == 1
+    assert "epoch" in answer.err.splitlines()[-2]
+    assert "--lr" in answer.err.splitlines()[-1]
+    assert BN_RUN in answer.out
+    assert "compound" in answer.out
+
+
+def test_ctrl_c_keeps_finished_runs_and_says_how_to_go_on(ltnorm, monkeypatch):
+    fit = running.fit
+
+    def interrupted(objective, loader, train, progress):
+        if "gn" in progress.label:
+            raise KeyboardInterrupt
+        return fit(objective, loader, train, progress)
+
+    monkeypatch.setattr(running, "fit", interrupted)
+    answer = ltnorm("train --recipe tiny.yaml --norm bn --norm gn")
+    assert answer.code == 130
+    assert "1 of 2 runs finished" in answer.err
+    assert "same command" in answer.err
+    assert "Traceback" not in answer.err
+    assert schema.finished(Path(BN_RUN))
+    monkeypatch.setattr(running, "fit", fit)
+    assert "is finished" in ltnorm("train --recipe tiny.yaml --norm bn --norm gn").err
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_real_process(tmp_path, sent, code):
+    command = [sys.executable, "-m", "ltnorm", "train", "--recipe", "smoke", "--epochs", "10000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "epoch 1/" in line:
+            break
+    time.sleep(0.2)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "0 of 1 runs finished" in err
+    assert "Traceback" not in err
+
+
+def test_a_crash_is_not_hidden_and_debug_shows_the_traceback(ltnorm, monkeypatch):
+    monkeypatch.setenv("LTNORM_DEBUG", "1")
+    answer = ltnorm("train --norm compond")
+    assert "Traceback" in answer.err
+    assert answer.code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "norms"], ["compare", "--help"]])
+def test_light_commands_do_not_load_torch(arguments):
+    code = f"""
+import sys
+from ltnorm.cli import main
+main({arguments!r})
+print([m for m in ("torch", "numpy", "pandas") if m in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert done.stdout
+
+
+def test_compare_does_not_load_torch(ltnorm, tmp_path):
+    ltnorm(TINY_BN)
+    code = (
+        "import sys; from ltnorm.cli import main; main(['compare']); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("False")
+
+
+def test_version_and_module(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "ltnorm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("ltnorm 0.")
+
+
+def test_colour_is_left_out_when_asked(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "ltnorm", "list", "norms"],
+        env=os.environ | {"NO_COLOR": "1", "FORCE_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "\x1b[3" not in done.stdout

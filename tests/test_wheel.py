@@ -1,0 +1,35 @@
+"""The built wheel, installed into a clean environment."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ltnorm.recipe import shipped_recipes
+
+PROJECT = Path(__file__).parent.parent
+UV = shutil.which("uv")
+
+
+@pytest.mark.skipif(UV is None, reason="needs uv")
+def test_the_wheel_brings_its_recipes(tmp_path):
+    def run(*command, cwd=tmp_path):
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(UV, "build", "--wheel", "--out-dir", str(tmp_path / "dist"), cwd=PROJECT)
+    [wheel] = (tmp_path / "dist").glob("*.whl")
+    run(UV, "venv", "--python", sys.executable, "venv")
+    python = str(tmp_path / "venv" / "bin" / "python")
+    run(UV, "pip", "install", "--python", python, str(wheel))
+    listed = run(python, "-m", "ltnorm", "list", "recipes")
+    assert all(name in listed for name in shipped_recipes())
+    check = (
+        "import ltnorm.recipe as r, pathlib\n"
+        "assert pathlib.Path(r.__file__).is_relative_to(pathlib.Path('venv').resolve())\n"
+        "print(len([r.validate(r.read(name)) for name in r.shipped_recipes()]))"
+    )
+    assert int(run(python, "-c", check)) == len(shipped_recipes())
