@@ -5,10 +5,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # Wide enough that no table wraps when stdout is a file or a pipe.
 _PIPE_WIDTH = 160
@@ -56,6 +58,14 @@ class Output:
     @contextmanager
     def training(self, label: str, epochs: int, batches: int) -> Iterator["TrainingProgress"]:
         """The progress of one run: bars on a terminal, one line an epoch otherwise."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
         live = self.err.is_terminal and not self.quiet
         progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -77,7 +87,13 @@ class TrainingProgress:
     refresh_seconds = 0.5
 
     def __init__(
-        self, output: Output, progress: Progress, label: str, epochs: int, batches: int, live: bool
+        self,
+        output: Output,
+        progress: "Progress",
+        label: str,
+        epochs: int,
+        batches: int,
+        live: bool,
     ) -> None:
         self.output, self.progress, self.label = output, progress, label
         self.epochs, self.live = epochs, live

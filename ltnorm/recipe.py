@@ -99,10 +99,15 @@ class Train(Section):
 
 
 class Evaluation(Section):
-    """What is measured at the end: the split, and how classes are grouped in the report."""
+    """What is measured, and how classes are grouped in the report.
+
+    `every` N also measures the accuracy after each N epochs, into epochs.csv; nothing is ever
+    chosen by it. 0 measures at the end only.
+    """
 
     split: Literal["test", "val"] = "test"
     groups: Literal["auto", "shots", "thirds"] = "auto"
+    every: NonNegativeInt = 0
 
 
 class Recipe(Section):

@@ -293,10 +293,10 @@ def test_a_full_disk_in_the_middle_keeps_finished_runs(failing, ltnorm, tmp_path
 def test_divergence_ends_one_run_and_the_others_go_on(ltnorm, monkeypatch):
     fit = running.fit
 
-    def fit_gn_diverges(objective, loader, train, progress):
+    def fit_gn_diverges(objective, loader, train, progress, measure):
         if "gn" in progress.label:
             train = train.model_copy(update={"lr": 1e30})
-        return fit(objective, loader, train, progress)
+        return fit(objective, loader, train, progress, measure)
 
     monkeypatch.setattr(running, "fit", fit_gn_diverges)
     answer = ltnorm("train --recipe tiny.yaml --norm bn --norm gn --norm compound")
@@ -310,10 +310,10 @@ def test_divergence_ends_one_run_and_the_others_go_on(ltnorm, monkeypatch):
 def test_ctrl_c_keeps_finished_runs_and_says_how_to_go_on(ltnorm, monkeypatch):
     fit = running.fit
 
-    def interrupted(objective, loader, train, progress):
+    def interrupted(objective, loader, train, progress, measure):
         if "gn" in progress.label:
             raise KeyboardInterrupt
-        return fit(objective, loader, train, progress)
+        return fit(objective, loader, train, progress, measure)
 
     monkeypatch.setattr(running, "fit", interrupted)
     answer = ltnorm("train --recipe tiny.yaml --norm bn --norm gn")

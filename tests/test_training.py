@@ -174,7 +174,7 @@ def test_training_lowers_the_loss(tiny_recipe, tiny_set, tmp_path):
         recipe, _ = concrete(tiny_recipe(norm=norm, **{"train.epochs": 16}))
         run(recipe, tiny_set, tmp_path, Output(quiet=True))
         rows = (schema.run_directory(recipe, tmp_path) / "epochs.csv").read_text().splitlines()
-        assert rows[0] == "epoch,lr,loss,seconds,images_per_second"
+        assert rows[0] == "epoch,lr,loss,seconds,images_per_second,accuracy"
         first, last = (float(row.split(",")[2]) for row in (rows[1], rows[-1]))
         assert last < 0.85 * first, norm
 
@@ -189,6 +189,18 @@ def test_images_processed_tell_the_cost_of_the_dual_path(tiny_recipe, tiny_set, 
         recipe, _ = concrete(tiny_recipe(norm="compound", **flags))
         result = run(recipe, tiny_set, tmp_path, Output(quiet=True))
         assert (result.images_processed, result.images_backpropagated) == expected
+
+
+def test_accuracy_can_be_measured_on_the_way(tiny_recipe, tiny_set, tmp_path):
+    recipe, _ = concrete(tiny_recipe(**{"train.epochs": 4, "eval.every": 2}))
+    result = run(recipe, tiny_set, tmp_path, Output(quiet=True))
+    rows = (schema.run_directory(recipe, tmp_path) / "epochs.csv").read_text().splitlines()[1:]
+    measured = [row.split(",")[-1] for row in rows]
+    assert measured[0] == measured[2] == ""
+    assert float(measured[3]) == result.all
+    # Looking on the way changes nothing.
+    plain, _ = concrete(tiny_recipe(**{"train.epochs": 4}))
+    assert run(plain, tiny_set, tmp_path, Output(quiet=True)).nll == result.nll
 
 
 def test_divergence_names_epoch_step_and_a_way_out(tiny_recipe, tiny_set, tmp_path):

@@ -21,14 +21,14 @@ class Format(StrEnum):
 
 def command(
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="Folders of results, or result.csv files [results].")
+        list[Path] | None, typer.Argument(help="Folders of results, or result.csv files (results).")
     ] = None,
     baseline: Annotated[
         str, typer.Option("--baseline", help="The norm, or row label, that deltas refer to.")
     ] = "bn",
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", help="Column to show, may be repeated [all head medium tail]."),
+        typer.Option("--metric", help="Column to show, may be repeated (all head medium tail)."),
     ] = None,
     sort: Annotated[
         str | None, typer.Option("--sort", help="Sort rows by a metric, the best first.")

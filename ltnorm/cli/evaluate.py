@@ -12,7 +12,7 @@ from ltnorm.console import Output
 def command(
     run: Annotated[Path, typer.Argument(help="A run's directory, or a checkpoint.")],
     split: Annotated[
-        str | None, typer.Option("--split", help="test or val [the one the run was evaluated on].")
+        str | None, typer.Option("--split", help="test or val (the one the run was evaluated on).")
     ] = None,
     root: options.Root = options.ROOT,
     data_dir: options.DataDir = options.DATA_DIR,

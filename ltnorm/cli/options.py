@@ -22,7 +22,7 @@ Profile = Annotated[
     str | None, _option("--profile", help="Shape of the tail: exp, step or pareto.", panel=DATA)
 ]
 NMax = Annotated[
-    int | None, _option("--n-max", help="Images of the largest class [all].", panel=DATA)
+    int | None, _option("--n-max", help="Images of the largest class (all).", panel=DATA)
 ]
 Val = Annotated[
     int | None, _option("--val", help="Hold out N images a class for validation.", panel=DATA)
@@ -33,6 +33,10 @@ ClassOrder = Annotated[
 ]
 DataSeed = Annotated[
     int | None, _option("--data-seed", help="Seed of which images are kept.", panel=DATA)
+]
+Groups = Annotated[
+    str | None,
+    _option("--groups", help="How classes are reported: auto, shots or thirds.", panel=DATA),
 ]
 Root = Annotated[
     Path, _option("--root", help="Where the raw data lies or is downloaded to.", panel=PLACES)
@@ -52,7 +56,7 @@ Set = Annotated[
 Device = Annotated[
     str | None, _option("--device", help="auto, cpu, cuda, cuda:1 or mps.", panel=TRAINING)
 ]
-Force = Annotated[bool, _option("--force", help="Do it again.", panel=PRINTING)]
+Force = Annotated[bool, _option("--force", help="Do it again if it is done.", panel=PRINTING)]
 Json = Annotated[bool, _option("--json", help="One JSON document on stdout.", panel=PRINTING)]
 Quiet = Annotated[bool, _option("--quiet", "-q", help="Nothing but the result.", panel=PRINTING)]
 
@@ -76,6 +80,36 @@ def parse_seeds(text: str) -> list[int]:
             raise UsageError(f"--seeds '{text}' is not a list of seeds", "like 0-4, or 1,3,5")
         seeds += range(first, last + 1)
     return seeds
+
+
+def data_flags(
+    dataset: str | None,
+    ratio: float | None,
+    profile: str | None,
+    n_max: int | None,
+    val: int | None,
+    class_order: str | None,
+    data_seed: int | None,
+    groups: str | None,
+) -> dict[str, Any]:
+    """The flags that say which images, and in which groups, by their path in the recipe."""
+    return given(
+        {
+            "dataset.name": dataset,
+            "dataset.ratio": ratio,
+            "dataset.profile": profile,
+            "dataset.n_max": n_max,
+            "dataset.val": val,
+            "dataset.class_order": class_order,
+            "dataset.data_seed": data_seed,
+            "eval.groups": groups,
+        }
+    )
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given."""
+    return {key: value for key, value in flags.items() if value is not None}
 
 
 def default_recipe(dataset: str | None) -> str:

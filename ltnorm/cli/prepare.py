@@ -18,6 +18,7 @@ def command(
     val: options.Val = None,
     class_order: options.ClassOrder = None,
     data_seed: options.DataSeed = None,
+    groups: options.Groups = None,
     set_: options.Set = None,
     recipe: options.Recipe = None,
     root: options.Root = options.ROOT,
@@ -41,45 +42,23 @@ def command(
     from ltnorm.data import report_groups
 
     output = Output(quiet=quiet, json=json)
-    flags = data_flags(dataset, ratio, profile, n_max, val, class_order, data_seed)
+    flags = options.data_flags(dataset, ratio, profile, n_max, val, class_order, data_seed, groups)
     base = recipes.read(recipe) if recipe else {"dataset": {}}
     # Only the data matters here; other sections may name what this machine cannot even import.
     only_data = {"dataset": base.get("dataset", {})}
-    wanted = recipes.Overrides(flags, set_ or ())
-    spec = recipes.resolve(only_data, wanted)[0].dataset
+    [wanted] = recipes.resolve(only_data, recipes.Overrides(flags, set_ or ()))
+    spec = wanted.dataset
     if download:
         output.note(f"looking for {spec.name} in {root}")
     prepared = preparing.prepare(spec, root, data_dir, download=download, force=force)
     if not prepared.fresh:
         prepared.check()
-    scheme, groups = report_groups(prepared.counts)
-    output.product(_table(prepared, scheme, groups))
+    scheme, members = report_groups(prepared.counts, wanted.eval.groups)
+    output.product(_table(prepared, scheme, members))
     done = "written to" if prepared.fresh else "is up to date in"
     train, test = sum(prepared.counts), "and the whole test set"
     output.note(f"{prepared.set_id}: {train:,} training images {test}, {done} {prepared.path}")
-    output.document(_document(prepared, scheme, groups))
-
-
-def data_flags(
-    dataset: str | None,
-    ratio: float | None,
-    profile: str | None,
-    n_max: int | None,
-    val: int | None,
-    class_order: str | None,
-    data_seed: int | None,
-) -> dict[str, Any]:
-    """The flags that say which images, by their path in the recipe."""
-    flags = {
-        "dataset.name": dataset,
-        "dataset.ratio": ratio,
-        "dataset.profile": profile,
-        "dataset.n_max": n_max,
-        "dataset.val": val,
-        "dataset.class_order": class_order,
-        "dataset.data_seed": data_seed,
-    }
-    return {key: value for key, value in flags.items() if value is not None}
+    output.document(_document(prepared, scheme, members))
 
 
 def _table(prepared: Any, scheme: str, groups: list[str]) -> Any:

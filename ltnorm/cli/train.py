@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ltnorm.cli import options
-from ltnorm.cli.prepare import data_flags
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError
 
@@ -66,6 +65,7 @@ def command(
     val: options.Val = None,
     class_order: options.ClassOrder = None,
     data_seed: options.DataSeed = None,
+    groups: options.Groups = None,
     root: options.Root = options.ROOT,
     data_dir: options.DataDir = options.DATA_DIR,
     out: options.Out = options.OUT,
@@ -84,27 +84,35 @@ def command(
     from ltnorm.reporting import schema
 
     output = Output(quiet=quiet, json=json)
-    flags = data_flags(dataset, ratio, profile, n_max, val, class_order, data_seed) | {
-        "model.name": model,
-        "loss.name": loss,
-        "train.epochs": epochs,
-        "train.batch_size": batch_size,
-        "train.lr": lr,
-        "train.precision": precision,
-        "eval.split": eval_split,
-        "tag": tag,
-        "device": device,
-    }
+    flags = options.data_flags(
+        dataset, ratio, profile, n_max, val, class_order, data_seed, groups
+    ) | options.given(
+        {
+            "model.name": model,
+            "loss.name": loss,
+            "train.epochs": epochs,
+            "train.batch_size": batch_size,
+            "train.lr": lr,
+            "train.precision": precision,
+            "eval.split": eval_split,
+            "tag": tag,
+            "device": device,
+        }
+    )
     base = recipes.read(recipe or options.default_recipe(dataset))
     overrides = recipes.Overrides(
-        flags={key: value for key, value in flags.items() if value is not None},
+        flags=flags,
         sets=set_ or (),
         norms=norm or (),
         seeds=[*(seed or []), *(options.parse_seeds(seeds) if seeds else [])],
     )
     schema.check_out(out)
     planned = recipes.resolve(base, overrides)
-    _run_all(planned, root, data_dir, out, force, output)
+    before = signal.signal(signal.SIGTERM, _on_terminate)
+    try:
+        _run_all(planned, root, data_dir, out, force, output)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_all(
@@ -122,7 +130,6 @@ def _run_all(
         running.check(recipe, data)
     done: dict[Path, schema.Result] = {}
     failures: list[LtnormError] = []
-    signal.signal(signal.SIGTERM, _on_terminate)
     for recipe, _ in resolved:
         try:
             directory = schema.run_directory(recipe, out)

@@ -19,6 +19,10 @@ import numpy as np
 
 from ltnorm.errors import LtnormError, UsageError
 
+FASHION_CLASSES = [
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "boot"),
+]
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
@@ -65,7 +69,12 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _files(
-    name: str, torchvision_class: str, root: Path, folder: Path, files: Iterable[str], download: bool
+    name: str,
+    torchvision_class: str,
+    root: Path,
+    folder: Path,
+    files: Iterable[str],
+    download: bool,
 ) -> list[Path]:
     """The raw files of a data set; where some are missing torchvision downloads them."""
     paths = [folder / file for file in files]
@@ -176,7 +185,7 @@ def fashion_mnist(root: Path, download: bool) -> Source:
         train_labels.astype(np.int64),
         np.repeat(test_images[..., None], 3, axis=3),
         test_labels.astype(np.int64),
-        classes="t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split(),
+        classes=FASHION_CLASSES,
         mean=(0.2860,) * 3,
         std=(0.3530,) * 3,
         checksums=md5s,

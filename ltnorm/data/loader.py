@@ -15,7 +15,9 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.to(torch.float32).sub_(mean_).div_(std_).permute(0, 3, 1, 2)
 
 
-def crop_and_flip(padded: Tensor, index: Tensor, size: int, flip: bool, rng: torch.Generator) -> Tensor:
+def crop_and_flip(
+    padded: Tensor, index: Tensor, size: int, flip: bool, rng: torch.Generator
+) -> Tensor:
     """Random crops of `size` and horizontal flips of padded[index], uint8 [B, size, size, 3].
 
     Both are one gather: a row of source rows and a row of source columns for each image.

@@ -37,7 +37,8 @@ def long_tail_counts(
         raise UsageError(f"a long tail needs at least 2 classes, got {num_classes}", "add classes")
     if ratio < 1:
         raise UsageError(
-            f"ratio must be at least 1, got {ratio:g}", "ratio is the largest class over the smallest"
+            f"ratio must be at least 1, got {ratio:g}",
+            "ratio is the largest class over the smallest",
         )
     ranks = [i / (num_classes - 1) for i in range(num_classes)]
     if profile == "exp":
@@ -144,9 +145,7 @@ def report_groups(counts: list[int], scheme: GroupScheme = "auto") -> tuple[str,
     Returns:
         The scheme that was used, and one group name a class.
     """
-    shots = [
-        "head" if n > MANY_SHOT else "tail" if n < FEW_SHOT else "medium" for n in counts
-    ]
+    shots = ["head" if n > MANY_SHOT else "tail" if n < FEW_SHOT else "medium" for n in counts]
     if scheme == "shots" or (scheme == "auto" and set(shots) == set(GROUP_NAMES)):
         return "shots", shots
     third = len(counts) // 3

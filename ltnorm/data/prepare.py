@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ltnorm import registry
-from ltnorm.data.longtail import choose
+from ltnorm.data.longtail import choose, report_groups
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.recipe import Dataset
 
@@ -168,6 +168,7 @@ def prepare(
     if spec.val:
         arrays["val_images"] = source.train_images[subset.val]
         arrays["val_labels"] = source.train_labels[subset.val]
+    scheme, groups = report_groups(subset.counts)
     indices = np.concatenate([subset.train, subset.val]).astype("<i8")
     manifest = {
         "format": FORMAT,
@@ -175,6 +176,8 @@ def prepare(
         "spec": spec.model_dump(mode="json"),
         "classes": source.classes,
         "counts": subset.counts,
+        "group_scheme": scheme,
+        "groups": groups,
         "val_per_class": spec.val,
         "image_size": int(source.train_images.shape[1]),
         "mean": list(source.mean),

@@ -39,9 +39,13 @@ def synthetic(
 
     y, x = np.mgrid[:image_size, :image_size] / image_size
     mirrored = wave_vectors * np.array([-1, 1])
-    angles = 2 * np.pi * (
-        np.stack([wave_vectors, mirrored])[..., :1, None] * x
-        + np.stack([wave_vectors, mirrored])[..., 1:, None] * y
+    angles = (
+        2
+        * np.pi
+        * (
+            np.stack([wave_vectors, mirrored])[..., :1, None] * x
+            + np.stack([wave_vectors, mirrored])[..., 1:, None] * y
+        )
     )
     basis = np.concatenate([np.cos(angles), np.sin(angles)], axis=2)
     basis = basis.reshape(2 * classes, 2 * WAVES, image_size**2).astype(np.float32)
@@ -87,5 +91,7 @@ def _waves(
         for side in range(2):
             chosen = np.flatnonzero((labels == label) & (mirror == side))
             block = coloured[chosen].astype(np.float32)
-            pixels[chosen] = np.einsum("nwc,wp->npc", block, basis[side * classes + label], optimize=True)
+            pixels[chosen] = np.einsum(
+                "nwc,wp->npc", block, basis[side * classes + label], optimize=True
+            )
     return pixels

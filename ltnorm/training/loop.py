@@ -1,6 +1,7 @@
 """The training loop."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ class Epoch:
     loss: float
     seconds: float
     images_per_second: float
+    accuracy: float | None = None  # where it was measured
 
 
 def diverged(epoch: int, step: int, loss: float, train: Train) -> LtnormError:
@@ -34,9 +36,20 @@ def diverged(epoch: int, step: int, loss: float, train: Train) -> LtnormError:
 
 
 def fit(
-    objective: SinglePath, loader: Loader, train: Train, progress: TrainingProgress
+    objective: SinglePath,
+    loader: Loader,
+    train: Train,
+    progress: TrainingProgress,
+    measure: Callable[[int], float | None] = lambda epoch: None,
 ) -> list[Epoch]:
     """Train `objective` for train.epochs epochs.
+
+    Args:
+        objective: the model, the loss, and how they are put together.
+        loader: the training batches.
+        train: the optimization settings.
+        progress: told of every step and epoch.
+        measure: called after every epoch, outside the clock; may return an accuracy.
 
     Raises:
         LtnormError: the loss became infinite or NaN.
@@ -68,7 +81,7 @@ def fit(
                 progress.step(done, epoch, float(losses[-1]), speed)
         mean = _check(losses, epoch, 0, train)
         seconds = time.perf_counter() - start
-        epochs.append(Epoch(epoch, lr, mean, seconds, images_done / seconds))
+        epochs.append(Epoch(epoch, lr, mean, seconds, images_done / seconds, measure(epoch)))
         progress.epoch(epoch, mean, lr, images_done / seconds)
     return epochs
 

@@ -94,9 +94,15 @@ def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.
         objective = build_objective(recipe, model, data.counts)
         objective.to(device=device, memory_format=loader.memory_format)
 
+        def measure(epoch: int) -> float | None:
+            if not recipe.eval.every or epoch % recipe.eval.every:
+                return None
+            split, groups = recipe.eval.split, recipe.eval.groups
+            return evaluate_split(model, data, split, groups, device).metrics.accuracy
+
         label = f"{directory.parent.name}/{directory.name}"
         with output.training(label, recipe.train.epochs, len(loader)) as progress:
-            epochs = fit(objective, loader, recipe.train, progress)
+            epochs = fit(objective, loader, recipe.train, progress, measure)
         seconds = sum(epoch.seconds for epoch in epochs)
 
         measured = evaluate_split(model, data, recipe.eval.split, recipe.eval.groups, device)
@@ -125,6 +131,10 @@ def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.
         raise LtnormError(
             f"cannot write the run under {out}: {error.strerror or error}",
             "free some space or choose another --out; finished runs are kept",
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise LtnormError(
+            f"out of memory on {recipe.device}", "try a smaller --batch-size or --model"
         ) from error
     return result
 
