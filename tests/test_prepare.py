@@ -201,3 +201,69 @@ def test_preparing_needs_no_torch():
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """A local server of a tiny Fashion-MNIST, in place of torchvision's."""
+    import gzip
+    import http.server
+    import struct
+
+    from torchvision.datasets import FashionMNIST
+
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    resources = []
+    for file, _ in FashionMNIST.resources:
+        count = 60 if file.startswith("train") else 20
+        labels = np.arange(count, dtype=np.uint8) % 10
+        if "labels" in file:
+            raw = struct.pack(">II", 0x801, count) + labels.tobytes()
+        else:
+            pixels = np.repeat(labels, 28 * 28)
+            raw = struct.pack(">IIII", 0x803, count, 28, 28) + pixels.tobytes()
+        content = gzip.compress(raw)
+        (folder / file).write_bytes(content)
+        resources.append((file, hashlib.md5(content).hexdigest()))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setattr(FashionMNIST, "resources", resources)
+    monkeypatch.setattr(datasets, "_read", lambda path, md5: path.read_bytes())
+    yield folder
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_prepare_downloads_what_is_missing(tmp_path, mirror):
+    wanted = recipes.validate({"dataset": {"name": "fashion-mnist", "ratio": 2}}).dataset
+    made = prepare(wanted, tmp_path / "raw", tmp_path / "data", download=True)
+    images, labels = made.load("train")
+    assert made.counts[0] == 6
+    assert images.shape == (sum(made.counts), 28, 28, 3)
+    assert np.array_equal(images[:, 0, 0, 0], labels)
+    # What is there is not downloaded again.
+    for file in mirror.iterdir():
+        file.unlink()
+    prepare(wanted, tmp_path / "raw", tmp_path / "data", download=True, force=True)
+
+
+def test_a_failed_download_is_told(tmp_path, mirror):
+    for file in mirror.iterdir():
+        file.unlink()
+    wanted = recipes.validate({"dataset": {"name": "fashion-mnist"}}).dataset
+    with pytest.raises(LtnormError, match="could not be downloaded") as error:
+        prepare(wanted, tmp_path / "raw", tmp_path / "data", download=True)
+    assert "network" in error.value.hint
+    assert error.value.exit_code == 1
