@@ -58,21 +58,15 @@ class Output:
     @contextmanager
     def training(self, label: str, epochs: int, batches: int) -> Iterator["TrainingProgress"]:
         """The progress of one run: bars on a terminal, one line an epoch otherwise."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         live = self.err.is_terminal and not self.quiet
         progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
             TextColumn("{task.fields[state]}", markup=False),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
+            expand=True,
             console=self.err,
             disable=not live,
         )

@@ -124,8 +124,9 @@ class Recipe(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
 
     def settings(self) -> dict[str, Any]:
-        """What identifies the experiment: all but the seed and the device."""
-        return self.model_dump(mode="json", exclude={"seed", "device"})
+        """What identifies the experiment: all but the seed, the device and how often it looks."""
+        apart = {"seed": True, "device": True, "eval": {"every"}}
+        return self.model_dump(mode="json", exclude=apart)
 
     def fingerprint(self) -> str:
         """A hash of `settings()`: runs with the same one differ only by seed."""

@@ -5,6 +5,7 @@ import json
 import statistics
 
 import pytest
+import rich.console
 
 from ltnorm import recipe as recipes
 from ltnorm.errors import LtnormError, NothingFound, UsageError
@@ -162,6 +163,18 @@ def test_every_format_tells_the_same_numbers():
     assert rows[0]["seeds"] == "0 1 2"
     records = json.loads(tables.as_json(blocks))["rows"]
     assert records[1]["tail_delta"] == 3.0
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_number_is_cut_on_a_narrow_terminal(width):
+    runs = [result(seed=s, tail=10.0 + s) for s in range(3)] + [result("compound", seed=1)]
+    console = rich.console.Console(width=width, file=io.StringIO())
+    console.print(tables.table(compare(runs), width))
+    shown = console.file.getvalue()
+    for cell in ("compound", "11.0 ± 1.0", "464k", "2.4M", "100 s (1.00x)", "Δ tail"):
+        assert cell in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown.count("norm ") == {60: 3, 80: 2, 200: 1}[width]
 
 
 def test_a_result_survives_the_disk(tmp_path):

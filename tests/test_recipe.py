@@ -134,7 +134,8 @@ def test_a_norm_option_that_no_norm_has_is_a_mistake():
 
 def test_the_fingerprint_knows_what_matters():
     base = validate({})
-    assert validate({"seed": 7, "device": "cpu"}).fingerprint() == base.fingerprint()
+    same = {"seed": 7, "device": "cpu", "eval": {"every": 5}}
+    assert validate(same).fingerprint() == base.fingerprint()
     others = [
         {"train": {"lr": 0.2}},
         {"norm": {"name": "gn"}},

@@ -60,7 +60,7 @@ def command(
     if json:
         format = Format.json
     if format is Format.table:
-        output.product(tables.table(blocks))
+        output.product(tables.table(blocks, output.out.width))
     else:
         exporters = {
             Format.markdown: tables.markdown,

@@ -159,7 +159,7 @@ def _show(done: dict[Path, Any], output: Output) -> None:
     from ltnorm.reporting.tables import table
 
     if done:
-        output.product(table(compare(done.values())))
+        output.product(table(compare(done.values()), output.out.width))
         for directory in done:
             output.product(str(directory))
     rows = [{"directory": str(d)} | dataclasses.asdict(result) for d, result in done.items()]

@@ -232,13 +232,13 @@ def _titles(groups: Sequence[pd.DataFrame]) -> list[str]:
     """What each block's rows share, in words, and in which settings it differs from the others."""
     flat = [_flatten(json.loads(group.iloc[0]["settings"])) for group in groups]
     keys = dict.fromkeys(k for settings in flat for k in settings)
-    shown = {"dataset.name", "dataset.profile", "dataset.ratio", "model.name", "loss.name"}
-    shown |= {"train.epochs", "eval.split", "tag", "train.milestones", "train.warmup_epochs"}
+    # The set's id tells the data apart; these are always in the title.
+    shown = {"model.name", "loss.name", "train.epochs", "tag"}
     differing = [
         k
         for k in keys
         if k not in shown
-        and not k.startswith("norm.")
+        and not k.startswith(("norm.", "dataset."))
         and len({json.dumps(settings.get(k)) for settings in flat}) > 1
     ]
     titles = []
@@ -246,7 +246,7 @@ def _titles(groups: Sequence[pd.DataFrame]) -> list[str]:
         first = group.iloc[0]
         parts = [first["set_id"], first["model"], first["loss"], f"{first['epochs']} epochs"]
         parts += [f"tag {first['tag']}"] if first["tag"] else []
-        parts += [f"{k} {_plain(settings.get(k))}" for k in differing if k != "dataset.n_max"]
+        parts += [f"{k} {_plain(settings.get(k))}" for k in differing]
         titles.append(" · ".join(parts))
     return titles
 

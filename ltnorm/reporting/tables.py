@@ -6,12 +6,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from ltnorm.reporting.compare import DELTAS, Block, Row
 
+GAP = 2  # between two columns of a table
+COST = ["params", "images", "time"]
 HEADINGS = {
     "gmean": "G-mean",
     "macro_f1": "macro F1",
@@ -45,7 +48,7 @@ def _cells(block: Block) -> tuple[list[str], list[list[str]]]:
     """Headings, and one list of cells a row."""
     headings = ["norm", "n", *(HEADINGS.get(m, m) for m in block.metrics)]
     headings += [f"Δ {m}" for m in DELTAS]
-    headings += ["params", "images", "time"]
+    headings += COST
     rows = []
     for row in block.rows:
         cells = [row.label, str(row.n), *(_value(row, m) for m in block.metrics)]
@@ -69,22 +72,50 @@ def legend(block: Block) -> str:
     return (
         f"{block.eval_split} accuracy in %, {spread}, last epoch. head / medium / tail: mean over "
         f"{head} / {medium} / {tail} classes ({block.group_scheme}). {against}. "
-        "images: training images through the network."
+        "images: training images through the network; time: training of one run."
     )
 
 
-def table(blocks: Sequence[Block]) -> Group:
-    """Tables for a terminal."""
-    parts = []
+def table(blocks: Sequence[Block], width: int) -> Group:
+    """Tables for a terminal of `width` columns; what does not fit beside goes below."""
+    parts: list[Any] = []
     for block in blocks:
         headings, rows = _cells(block)
-        shown = Table(title=block.title, title_justify="left", title_style="bold")
-        for i, heading in enumerate(headings):
-            shown.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i > 0)
-        for row, cells in zip(block.rows, rows, strict=True):
-            shown.add_row(*map(Text, cells), style="dim" if row.is_baseline else "")
-        parts += [shown, Text(legend(block), style="dim"), Text()]
+        columns = [list(column) for column in zip(headings, *rows, strict=True)]
+        parts.append(Text(block.title, style="bold"))
+        parts += [_rich_table(part) for part in _fit(columns, width)]
+        parts += [Text(legend(block), style="dim"), Text()]
     return Group(*parts[:-1])
+
+
+def _fit(columns: list[list[str]], width: int) -> list[list[list[str]]]:
+    """The columns in as few tables as fit, each led by the first column; the cost stays whole."""
+    label, accuracy, cost = columns[0], columns[1 : -len(COST)], columns[-len(COST) :]
+    if _width(columns) <= width:
+        return [columns]
+    tables = [[label]]
+    for part in (accuracy, cost):
+        if len(tables[-1]) > 1:
+            tables.append([label])
+        for column in part:
+            if len(tables[-1]) > 1 and _width([*tables[-1], column]) > width:
+                tables.append([label])
+            tables[-1].append(column)
+    return tables
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(len, column)) for column in columns) + GAP * (len(columns) - 1)
+
+
+def _rich_table(columns: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for i, (heading, *_) in enumerate(columns):
+        # The label may be folded, a number never.
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
+    for cells in zip(*(column[1:] for column in columns), strict=True):
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def markdown(blocks: Sequence[Block]) -> str:

@@ -100,7 +100,7 @@ def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.
             split, groups = recipe.eval.split, recipe.eval.groups
             return evaluate_split(model, data, split, groups, device).metrics.accuracy
 
-        label = f"{directory.parent.name}/{directory.name}"
+        label = f"{recipe.norm.name} seed {recipe.seed}"
         with output.training(label, recipe.train.epochs, len(loader)) as progress:
             epochs = fit(objective, loader, recipe.train, progress, measure)
         seconds = sum(epoch.seconds for epoch in epochs)
