@@ -269,9 +269,8 @@ def resolve(base: Mapping[str, Any], overrides: Overrides) -> list[Recipe]:
         for key, value in sets:
             if not key.startswith("norm.") or _has_option(norm, key.removeprefix("norm.")):
                 _put(data, key, value)
-        recipe = validate(data)
-        seeds = list(dict.fromkeys(overrides.seeds)) or [recipe.seed]
-        recipes += [recipe.model_copy(update={"seed": seed}) for seed in seeds]
+        seeds = list(dict.fromkeys(overrides.seeds)) or [data.get("seed", 0)]
+        recipes += [validate(data | {"seed": seed}) for seed in seeds]
     return recipes
 
 

@@ -43,7 +43,7 @@ def command(
 
     output = Output(quiet=quiet, json=json)
     flags = options.data_flags(dataset, ratio, profile, n_max, val, class_order, data_seed, groups)
-    base = recipes.read(recipe) if recipe else {"dataset": {}}
+    base = recipes.read(recipe or options.default_recipe(dataset))
     # Only the data matters here; other sections may name what this machine cannot even import.
     only_data = {"dataset": base.get("dataset", {})}
     [wanted] = recipes.resolve(only_data, recipes.Overrides(flags, set_ or ()))

@@ -12,6 +12,7 @@ A directory of one setting belongs to one fingerprint, which lies in it; another
 same names gets a directory of its own, with the start of its fingerprint added.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -141,6 +142,9 @@ def _owner(directory: Path, fingerprint: str, claim: bool) -> str:
             os.link(temporary, file)
         except FileExistsError:
             pass
+        except OSError:  # a file system without hard links
+            with contextlib.suppress(FileExistsError), file.open("x") as claimed:
+                claimed.write(f"{fingerprint}\n")
         finally:
             temporary.unlink()
     return file.read_text().strip() if file.is_file() else fingerprint
