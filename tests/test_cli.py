@@ -344,6 +344,14 @@ def test_signals_end_a_real_process(tmp_path, sent, code):
     assert "Traceback" not in err
 
 
+def test_ctrl_c_outside_training(failing, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ltnorm.data.prepare.prepare", interrupted)
+    assert "interrupted" in failing("prepare --quiet", code=130)
+
+
 def test_a_crash_is_not_hidden_and_debug_shows_the_traceback(ltnorm, monkeypatch):
     monkeypatch.setenv("LTNORM_DEBUG", "1")
     answer = ltnorm("train --norm compond")

@@ -57,11 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         arguments = sys.argv[1:] if arguments is None else list(arguments)
         code = app(args=arguments, prog_name="ltnorm", standalone_mode=False)
+        if code == 130:  # typer's answer to Ctrl-C
+            return _fail("interrupted", "nothing that was finished is lost; type it again", 130)
         return code if isinstance(code, int) else 0
     except LtnormError as error:
         return _fail(error.message, error.hint, error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", "finished runs are kept; the same command goes on", 130)
     except BrokenPipeError:
         # The reader of a pipe has gone, `| head` say. Nothing more can be said on stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

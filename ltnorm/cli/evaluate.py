@@ -103,19 +103,11 @@ def _tables(recipe: Any, data: Any, split: str, measured: Any) -> Any:
 
 
 def _document(recipe: Any, split: str, measured: Any) -> dict[str, Any]:
-    metrics = measured.metrics
     return {
         "norm": recipe.norm.name,
         "seed": recipe.seed,
         "split": split,
-        "group_scheme": measured.scheme,
-        "all": metrics.accuracy,
-        **metrics.groups,
-        "macro_f1": metrics.macro_f1,
-        "gmean": metrics.gmean,
-        "worst_class": metrics.worst_class,
-        "nll": metrics.nll,
-        "ece": metrics.ece,
-        "per_class": metrics.per_class,
+        **measured.columns(),
+        "per_class": measured.metrics.per_class,
         "groups": measured.groups,
     }

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ltnorm.data.loader import normalize
-from ltnorm.data.longtail import GroupScheme, report_groups
+from ltnorm.data.longtail import GROUP_NAMES, GroupScheme, report_groups
 from ltnorm.data.prepare import PreparedSet, Split
 from ltnorm.evaluation import metrics
 
@@ -45,6 +46,21 @@ class Evaluation:
     groups: list[str]
     logits: Tensor
     labels: Tensor
+
+    def columns(self) -> dict[str, Any]:
+        """The metrics by the names that they have in result.csv."""
+        metrics, groups = self.metrics, self.groups
+        return {
+            "group_scheme": self.scheme,
+            **{f"{name}_classes": groups.count(name) for name in GROUP_NAMES},
+            "all": metrics.accuracy,
+            **metrics.groups,
+            "macro_f1": metrics.macro_f1,
+            "gmean": metrics.gmean,
+            "worst_class": metrics.worst_class,
+            "nll": metrics.nll,
+            "ece": metrics.ece,
+        }
 
 
 def evaluate_split(

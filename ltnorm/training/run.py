@@ -82,51 +82,7 @@ def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.
         LtnormError: the run failed: the loss diverged, or its files could not be written.
     """
     try:
-        directory = schema.run_directory(recipe, out)
-        directory.mkdir(parents=True, exist_ok=True)
-        # Whatever an unfinished or repeated run left is void from here on.
-        (directory / schema.RESULT).unlink(missing_ok=True)
-        schema.write_text(directory / schema.RECIPE, recipe.to_yaml())
-
-        device = resolve_device(recipe.device)
-        loader = _loader(recipe, data, device)
-        model = build_model(recipe, len(data.classes), data.image_size)
-        objective = build_objective(recipe, model, data.counts)
-        objective.to(device=device, memory_format=loader.memory_format)
-
-        def measure(epoch: int) -> float | None:
-            if not recipe.eval.every or epoch % recipe.eval.every:
-                return None
-            split, groups = recipe.eval.split, recipe.eval.groups
-            return evaluate_split(model, data, split, groups, device).metrics.accuracy
-
-        label = f"{recipe.norm.name} seed {recipe.seed}"
-        with output.training(label, recipe.train.epochs, len(loader)) as progress:
-            epochs = fit(objective, loader, recipe.train, progress, measure)
-        seconds = sum(epoch.seconds for epoch in epochs)
-
-        measured = evaluate_split(model, data, recipe.eval.split, recipe.eval.groups, device)
-        _save(directory, recipe, data, model, epochs, measured)
-        images = loader.images_per_epoch * len(epochs)
-        forward, backward = objective.cost
-        result = schema.Result(
-            schema=schema.SCHEMA,
-            **_recipe_columns(recipe),
-            **_metric_columns(measured),
-            set_id=data.set_id,
-            index_sha256=data.index_sha256,
-            train_loss=epochs[-1].loss,
-            parameters=sum(p.numel() for p in model.parameters()),
-            images_processed=forward * images,
-            images_backpropagated=backward * images,
-            train_seconds=seconds,
-            images_per_second=images / seconds,
-            device=describe(device),
-            torch=torch.__version__,
-            ltnorm=__version__,
-            finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        schema.write_result(directory, result)
+        return _run(recipe, data, out, output)
     except OSError as error:
         raise LtnormError(
             f"cannot write the run under {out}: {error.strerror or error}",
@@ -136,6 +92,54 @@ def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.
         raise LtnormError(
             f"out of memory on {recipe.device}", "try a smaller --batch-size or --model"
         ) from error
+
+
+def _run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.Result:
+    directory = schema.run_directory(recipe, out)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Whatever an unfinished or repeated run left is void from here on.
+    (directory / schema.RESULT).unlink(missing_ok=True)
+    schema.write_text(directory / schema.RECIPE, recipe.to_yaml())
+
+    device = resolve_device(recipe.device)
+    loader = _loader(recipe, data, device)
+    model = build_model(recipe, len(data.classes), data.image_size)
+    objective = build_objective(recipe, model, data.counts)
+    objective.to(device=device, memory_format=loader.memory_format)
+
+    def measure(epoch: int) -> float | None:
+        if not recipe.eval.every or epoch % recipe.eval.every:
+            return None
+        split, groups = recipe.eval.split, recipe.eval.groups
+        return evaluate_split(model, data, split, groups, device).metrics.accuracy
+
+    label = f"{recipe.norm.name} seed {recipe.seed}"
+    with output.training(label, recipe.train.epochs, len(loader)) as progress:
+        epochs = fit(objective, loader, recipe.train, progress, measure)
+    seconds = sum(epoch.seconds for epoch in epochs)
+
+    measured = evaluate_split(model, data, recipe.eval.split, recipe.eval.groups, device)
+    _save(directory, recipe, data, model, epochs, measured)
+    images = loader.images_per_epoch * len(epochs)
+    forward, backward = objective.cost
+    result = schema.Result(
+        schema=schema.SCHEMA,
+        **_recipe_columns(recipe),
+        **measured.columns(),
+        set_id=data.set_id,
+        index_sha256=data.index_sha256,
+        train_loss=epochs[-1].loss,
+        parameters=sum(p.numel() for p in model.parameters()),
+        images_processed=forward * images,
+        images_backpropagated=backward * images,
+        train_seconds=seconds,
+        images_per_second=images / seconds,
+        device=describe(device),
+        torch=torch.__version__,
+        ltnorm=__version__,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    schema.write_result(directory, result)
     return result
 
 
@@ -213,21 +217,4 @@ def _recipe_columns(recipe: Recipe) -> dict[str, Any]:
         "precision": recipe.train.precision,
         "eval_split": recipe.eval.split,
         "settings": schema.settings_json(recipe),
-    }
-
-
-def _metric_columns(measured: Evaluation) -> dict[str, Any]:
-    metrics, groups = measured.metrics, measured.groups
-    return {
-        "group_scheme": measured.scheme,
-        "head_classes": groups.count("head"),
-        "medium_classes": groups.count("medium"),
-        "tail_classes": groups.count("tail"),
-        "all": metrics.accuracy,
-        **metrics.groups,
-        "macro_f1": metrics.macro_f1,
-        "gmean": metrics.gmean,
-        "worst_class": metrics.worst_class,
-        "nll": metrics.nll,
-        "ece": metrics.ece,
     }
