@@ -35,7 +35,7 @@ class Output:
     def product(self, renderable: RenderableType) -> None:
         """A table or text for people, on stdout; nothing in JSON mode."""
         if not self.json:
-            self.out.print(renderable)
+            self.out.print(renderable, markup=False, soft_wrap=isinstance(renderable, str))
 
     def raw(self, text: str) -> None:
         """Text for programs, on stdout, as it is."""

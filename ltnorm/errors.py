@@ -30,6 +30,8 @@ class NothingFound(LtnormError):
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint that lists `choices`, led by the one nearest to `word`."""
     choices = list(choices)
+    if not choices:
+        return "there is nothing to choose from here"
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     known = f"choose from {', '.join(choices)}"
     return f"did you mean '{near[0]}'? {known}" if near else known

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -27,7 +28,15 @@ from pydantic import (
 from ltnorm import registry
 from ltnorm.errors import UsageError, did_you_mean
 
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) else value  # YAML reads 2024 as a number
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Tag = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9._+-]+$", max_length=64), BeforeValidator(_number_as_text)
+]
 RandomSeed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -83,7 +92,7 @@ class Train(Section):
     """Optimization, schedule, augmentation and precision; the defaults are LDAM-DRW's."""
 
     epochs: PositiveInt = 200
-    batch_size: PositiveInt = 128
+    batch_size: Annotated[int, Field(ge=2)] = 128
     lr: PositiveFloat = 0.1
     momentum: Fraction = 0.9
     nesterov: bool = False
@@ -119,7 +128,7 @@ class Recipe(Section):
     loss: Loss = Loss()
     train: Train = Train()
     eval: Evaluation = Evaluation()
-    tag: Annotated[str, Field(pattern=r"^[A-Za-z0-9._+-]+$", max_length=64)] | None = None
+    tag: Tag | None = None
     seed: RandomSeed = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
 
@@ -145,8 +154,25 @@ def validate(data: Mapping[str, Any]) -> Recipe:
         UsageError: with every mistake and its dotted path in one message.
     """
     mistakes: list[Mistake] = []
+    recipe = _validate(data, mistakes)
+    if recipe is None:
+        raise _report(mistakes)
+    return recipe
+
+
+def _validate(
+    data: Mapping[str, Any],
+    mistakes: "list[Mistake]",
+    kinds: Iterable[str] = tuple(registry.TABLES),
+) -> Recipe | None:
+    """The recipe, or None and at least one more mistake.
+
+    The options of the sections not in `kinds` are left as they are: looking them up can mean to
+    import torch.
+    """
+    before = len(mistakes)
     filled = dict(data)
-    for kind in registry.TABLES:
+    for kind in kinds:
         section = data.get(kind, {})
         if isinstance(section, Mapping):
             filled[kind] = _fill_options(kind, section, mistakes)
@@ -154,10 +180,7 @@ def validate(data: Mapping[str, Any]) -> Recipe:
     if recipe and recipe.eval.split == "val" and recipe.dataset.val == 0:
         text = "'val' needs held-out images: set dataset.val (--val N) above 0"
         mistakes.append(Mistake("eval.split", text))
-    if mistakes:
-        raise _report(mistakes)
-    assert recipe is not None
-    return recipe
+    return recipe if len(mistakes) == before else None
 
 
 @dataclass(frozen=True)
@@ -244,34 +267,63 @@ class Overrides:
     seeds: Sequence[int] = ()
 
 
-def resolve(base: Mapping[str, Any], overrides: Overrides) -> list[Recipe]:
+def resolve(
+    base: Mapping[str, Any], overrides: Overrides, kinds: Iterable[str] = tuple(registry.TABLES)
+) -> list[Recipe]:
     """The recipes of one command: each norm with each seed, seeds innermost.
 
     A `--set norm.X=...` goes to those of the norms that have X; it is a mistake if none has.
+    `kinds` are the sections whose options are checked and filled in.
+
+    Raises:
+        UsageError: with every mistake and its dotted path in one message.
     """
     sets = [_parse_set(item) for item in overrides.sets]
-    norms = list(dict.fromkeys(overrides.norms)) or [
-        next((str(v) for k, v in reversed(sets) if k == "norm.name"), None)
-        or str(_section(base, "norm").get("name", "bn"))
-    ]
-    sets = [(key, value) for key, value in sets if key != "norm.name"]
-    for norm in norms:
-        registry.lookup("norm", norm)
-    _check_norm_options(sets, norms)
-    recipes = []
-    for norm in norms:
-        data: dict[str, Any] = {
-            k: dict(v) if isinstance(v, Mapping) else v for k, v in base.items()
-        }
-        _put(data, "norm.name", norm)
-        for key, value in overrides.flags.items():
+    # Names first: they decide which options a section has.
+    sets.sort(key=lambda item: not item[0].endswith(".name"))
+    named = [str(value) for key, value in sets if key == "norm.name"]
+    seeds = [value for key, value in sets if key == "seed"] or list(overrides.seeds)
+    default = str(_section(base, "norm").get("name", "bn"))
+    norms = list(dict.fromkeys(named or overrides.norms)) or [default]
+    sets = [(key, value) for key, value in sets if key not in ("norm.name", "seed")]
+
+    mistakes: list[Mistake] = []
+    known = [norm for norm in norms if _is_known(norm, mistakes)]
+    _check_norm_options(sets, known, mistakes)
+    recipes: list[Recipe | None] = []
+    for norm in known or ["bn"]:
+        data = _merge(base, norm, overrides.flags, sets)
+        for seed in dict.fromkeys(seeds or [data.get("seed", 0)]):
+            recipes.append(_validate(data | {"seed": seed}, mistakes, kinds))
+    if mistakes:
+        raise _report(list(dict.fromkeys(mistakes)))
+    return [recipe for recipe in recipes if recipe]
+
+
+def _merge(
+    base: Mapping[str, Any],
+    norm: str,
+    flags: Mapping[str, Any],
+    sets: Iterable[tuple[str, Any]],
+) -> dict[str, Any]:
+    """The recipe of one norm as nested mappings: base < flags < sets."""
+    data: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in base.items()}
+    _put(data, "norm.name", norm)
+    for key, value in flags.items():
+        _put(data, key, value)
+    for key, value in sets:
+        if not key.startswith("norm.") or _has_option(norm, key.removeprefix("norm.")):
             _put(data, key, value)
-        for key, value in sets:
-            if not key.startswith("norm.") or _has_option(norm, key.removeprefix("norm.")):
-                _put(data, key, value)
-        seeds = list(dict.fromkeys(overrides.seeds)) or [data.get("seed", 0)]
-        recipes += [validate(data | {"seed": seed}) for seed in seeds]
-    return recipes
+    return data
+
+
+def _is_known(norm: str, mistakes: list[Mistake]) -> bool:
+    try:
+        registry.lookup("norm", norm)
+    except UsageError as error:
+        mistakes.append(Mistake("norm.name", error.message, error.hint))
+        return False
+    return True
 
 
 def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -283,6 +335,11 @@ def _parse_set(item: str) -> tuple[str, Any]:
     key, equals, value = item.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {item}: not key=value", "for example --set train.lr=0.2")
+    if key.strip() in Recipe.model_fields and key.strip() not in ("tag", "seed", "device"):
+        raise UsageError(
+            f"--set {item}: '{key.strip()}' is a section",
+            f"set one of its keys: {key.strip()}.KEY=...",
+        )
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -295,17 +352,16 @@ def _has_option(norm: str, option: str) -> bool:
     return option in registry.options_model("norm", norm).model_fields
 
 
-def _check_norm_options(sets: Iterable[tuple[str, Any]], norms: Sequence[str]) -> None:
+def _check_norm_options(
+    sets: Iterable[tuple[str, Any]], norms: Sequence[str], mistakes: list[Mistake]
+) -> None:
     for key, _ in sets:
         option = key.removeprefix("norm.")
-        if key.startswith("norm.") and not any(_has_option(n, option) for n in norms):
-            known = sorted(
-                {o for n in norms for o in registry.options_model("norm", n).model_fields}
-            )
-            raise UsageError(
-                f"{key}: none of the norms ({', '.join(norms)}) has an option '{option}'",
-                did_you_mean(option, known),
-            )
+        if not norms or option == key or any(_has_option(n, option) for n in norms):
+            continue
+        known = sorted({o for n in norms for o in registry.options_model("norm", n).model_fields})
+        text = f"none of the norms ({', '.join(norms)}) has an option '{option}'"
+        mistakes.append(Mistake(key, text, did_you_mean(option, known)))
 
 
 def _put(data: dict[str, Any], path: str, value: Any) -> None:

@@ -156,7 +156,7 @@ def options_model(kind: str, name: str) -> "type[BaseModel]":
             for p in inspect.signature(function).parameters.values()
             if p.kind is p.KEYWORD_ONLY
         }
-    config = ConfigDict(extra="forbid", protected_namespaces=())
+    config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
     return create_model(f"{kind}.{name}", __config__=config, **fields)
 
 

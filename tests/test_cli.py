@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import rich.text
 import yaml
 
 from ltnorm import registry
+from ltnorm.console import Output
 from ltnorm.reporting import schema
 from ltnorm.training import run as running
 
@@ -81,7 +83,7 @@ def test_two_settings_give_two_rows(ltnorm):
     command = "train --recipe tiny.yaml --norm compound"
     assert ltnorm(command).code == ltnorm(f"{command} --set norm.dual_path=false").code == 0
     rows = json.loads(ltnorm("compare --json").out)["rows"]
-    assert [r["label"] for r in rows] == ["compound (dual_path=false)", "compound (dual_path=true)"]
+    assert [r["label"] for r in rows] == ["compound", "compound (dual_path=false)"]
 
 
 def test_the_recipe_of_a_run_repeats_it(ltnorm):
@@ -172,7 +174,9 @@ def test_compare_formats(ltnorm):
         ("train --epochs many", ["--epochs", "integer", "--help"]),
         ("trian", ["trian", "--help"]),
         ("compare --format pdf", ["pdf", "--help"]),
-        ("compare nowhere", ["nowhere"]),
+        ("train --batch-size 1", ["train.batch_size"]),
+        ("train --set norm=gn", ["'norm' is a section", "norm.KEY"]),
+        ("train --norm foo --lr -1", ["2 mistakes", "foo", "train.lr"]),
         ("eval nowhere --split dev", ["dev", "test, val"]),
         ("list normz", ["normz"]),
         ("prepare --profile cubic", ["dataset.profile"]),
@@ -263,6 +267,47 @@ def test_results_of_another_schema(failing, ltnorm, tmp_path):
 def test_nothing_to_compare(failing, tmp_path):
     (tmp_path / "results").mkdir()
     assert "ltnorm train" in failing("compare results", code=3)
+    assert "ltnorm train" in failing("compare nowhere", code=3)
+
+
+def test_a_baseline_that_is_not_there(failing, ltnorm):
+    ltnorm("train --recipe tiny.yaml --norm gn")
+    assert "--baseline takes: gn" in ltnorm("compare").err
+    assert "did you mean 'gn'" in failing("compare --baseline gnn", code=2)
+    assert ltnorm("compare --baseline gn").err == ""
+
+
+def test_odd_places(failing, ltnorm, tmp_path):
+    answer = ltnorm("train --recipe tiny.yaml --norm bn --out", "a[red] [/b] c")
+    assert answer.code == 0
+    assert "a[red] [/b] c/synthetic-exp10/resnet8-bn-ce/seed0" in answer.out
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "synthetic-exp10").write_text("a file")
+    answer = ltnorm(f"{TINY_BN} --out blocked")
+    assert answer.code == 1
+    assert "error: cannot use blocked/synthetic-exp10" in answer.err
+
+
+def test_a_result_of_other_settings_is_never_taken_for_this_run(ltnorm, tmp_path):
+    ltnorm(TINY_BN)
+    before = (tmp_path / BN_RUN / "result.csv").read_text()
+    (tmp_path / BN_RUN).parent.joinpath("fingerprint").unlink()
+    answer = ltnorm(f"{TINY_BN} --lr 0.07 --json")
+    assert json.loads(answer.out)["runs"][0]["lr"] == 0.07
+    assert (tmp_path / BN_RUN / "result.csv").read_text() == before
+
+
+def test_a_failed_repetition_keeps_the_old_result(ltnorm, tmp_path, monkeypatch):
+    ltnorm(TINY_BN)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "fit", interrupted)
+    answer = ltnorm(f"{TINY_BN} --force")
+    assert answer.code == 130
+    assert "without --force" in answer.err
+    assert schema.read_result(tmp_path / BN_RUN / "result.csv")
 
 
 def test_places_that_cannot_be_written(failing, tmp_path):
@@ -329,6 +374,17 @@ def test_ctrl_c_keeps_finished_runs_and_says_how_to_go_on(ltnorm, monkeypatch):
     assert "is finished" in ltnorm("train --recipe tiny.yaml --norm bn --norm gn").err
 
 
+def test_sigterm_before_training(ltnorm, monkeypatch):
+    def terminated(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    monkeypatch.setattr("ltnorm.data.prepare.prepare", terminated)
+    answer = ltnorm(TINY_BN)
+    assert answer.code == 143
+    assert "0 of 1 runs finished" in answer.err
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_real_process(tmp_path, sent, code):
     command = [sys.executable, "-m", "ltnorm", "train", "--recipe", "smoke", "--epochs", "10000"]
@@ -390,12 +446,16 @@ def test_version_and_module(tmp_path):
     assert done.stdout.startswith("ltnorm 0.")
 
 
-def test_colour_is_left_out_when_asked(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "ltnorm", "list", "norms"],
-        env=os.environ | {"NO_COLOR": "1", "FORCE_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "\x1b[3" not in done.stdout
+def test_colour_is_left_out_when_asked(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    red = rich.text.Text("word", style="red")
+
+    def shown():
+        output = Output()
+        with output.out.capture() as captured:
+            output.product(red)
+        return captured.get()
+
+    assert "\x1b[31m" in shown()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[31m" not in shown()

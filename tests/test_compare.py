@@ -28,6 +28,7 @@ def result(norm="bn", seed=0, tail=10.0, all_=50.0, sets=(), flags=None, **chang
         index_sha256="ab",
         model="resnet32",
         norm=norm,
+        norm_options=", ".join(s.removeprefix("norm.") for s in sets if s.startswith("norm.")),
         loss="ce",
         tag=None,
         seed=seed,
@@ -97,9 +98,17 @@ def test_rows_are_fingerprints_labelled_by_what_differs():
     [block] = compare(runs)
     assert [(row.label, row.n) for row in block.rows] == [
         ("bn", 1),
+        ("compound", 2),
         ("compound (dual_path=false)", 1),
-        ("compound (dual_path=true)", 2),
     ]
+
+
+def test_fingerprints_that_look_alike_are_not_merged():
+    runs = [result("compound", all_=20.0), result("compound", all_=80.0, fingerprint="f" * 64)]
+    [block] = compare(runs)
+    assert [row.n for row in block.rows] == [1, 1]
+    assert len({row.label for row in block.rows}) == 2
+    assert "compound [ffffff]" in [row.label for row in block.rows]
 
 
 def test_blocks_share_everything_but_the_norm():
@@ -127,14 +136,29 @@ def test_an_empty_group_stays_empty():
 
 
 def test_baseline_by_label_or_none():
-    runs = [result("compound"), result("compound", sets=["norm.components=3"])]
-    [block] = compare(runs)
+    three, four = (result("compound", sets=[f"norm.components={k}"]) for k in (3, 4))
+    [block] = compare([three, four])
     assert block.baseline is None
     assert block.rows[0].delta == {}
-    [block] = compare(runs, baseline="compound (components=3)")
+    [block] = compare([three, four], baseline="compound (components=4)")
     assert [row.is_baseline for row in block.rows] == [False, True]
-    [block] = compare(runs, baseline="compound")  # two rows have that norm
+    [block] = compare([three, four], baseline="compound")  # two rows have that norm
     assert block.baseline is None
+    [block] = compare([three, result("gn")], baseline="compound")  # only one has it
+    assert block.baseline == "compound (components=3)"
+
+
+def test_times_of_different_devices_have_no_ratio():
+    [block] = compare([result(), result("gn", device="GPU", train_seconds=1.0)])
+    assert block.rows[1].relative_time is None
+    assert "trained on GPU, cpu" in tables.legend(block)
+
+
+def test_unpaired_seeds_are_told():
+    [block] = compare([result(seed=0), result("gn", seed=7)])
+    assert "different seeds" in tables.legend(block)
+    [block] = compare([result(seed=0), result("gn", seed=0)])
+    assert "different seeds" not in tables.legend(block)
 
 
 def test_sorting_puts_the_best_first_and_knows_what_is_better():
@@ -192,6 +216,28 @@ def test_the_same_run_found_twice_counts_once(tmp_path):
     assert (len(results), problems) == (1, [])
 
 
+def test_two_runs_that_contradict_are_told(tmp_path):
+    for place, accuracy in (("a", 10.0), ("b", 90.0)):
+        (tmp_path / place).mkdir()
+        schema.write_result(tmp_path / place, result(all_=accuracy))
+    results, warnings = load([tmp_path])
+    assert [r.all for r in results] == [10.0]
+    assert "other numbers" in warnings[0]
+
+
+@pytest.mark.parametrize("settings", ["5", "[]", "null", "{}", '{"norm": 3}', "{"])
+def test_settings_of_another_shape_are_refused(tmp_path, settings):
+    schema.write_result(tmp_path, result(settings=settings))
+    with pytest.raises(LtnormError, match="damaged"):
+        schema.read_result(tmp_path / schema.RESULT)
+
+
+def test_numbers_that_are_none_are_refused(tmp_path):
+    schema.write_result(tmp_path, result(all_=float("nan")))
+    with pytest.raises(LtnormError, match="not a finite number"):
+        schema.read_result(tmp_path / schema.RESULT)
+
+
 def test_bad_files_are_told_and_the_rest_is_compared(tmp_path):
     for place in "abcd":
         (tmp_path / place).mkdir()
@@ -217,7 +263,7 @@ def test_nothing_readable_is_an_error(tmp_path, text):
 def test_nothing_found_is_told(tmp_path):
     with pytest.raises(NothingFound):
         load([tmp_path])
-    with pytest.raises(UsageError, match="no such"):
+    with pytest.raises(NothingFound, match="no such"):
         load([tmp_path / "nowhere"])
 
 
@@ -233,3 +279,16 @@ def test_two_recipes_never_share_a_directory(tmp_path):
     assert directories[2].parent.name == f"resnet32-compound-ce-{made[2].fingerprint()[:6]}"
     # The same again, in another order, gives the same places.
     assert [schema.run_directory(r, tmp_path) for r in reversed(made)] == directories[::-1]
+
+
+def test_a_tree_without_marks_still_belongs_to_its_results(tmp_path):
+    ours, other = (
+        recipes.resolve({}, Overrides(sets=sets, norms=["bn"]))[0]
+        for sets in ([], ["train.lr=0.7"])
+    )
+    directory = schema.run_directory(ours, tmp_path)
+    directory.mkdir()
+    schema.write_result(directory, result())
+    (directory.parent / schema.OWNER).unlink()
+    assert schema.run_directory(other, tmp_path) != directory
+    assert schema.run_directory(ours, tmp_path) == directory

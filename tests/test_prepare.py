@@ -2,6 +2,7 @@ import hashlib
 import json
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,27 @@ def test_damage_is_found_and_named(tmp_path, file, how):
     assert prepare(spec(n_max=20, ratio=2), tmp_path, tmp_path, force=True).check() is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 99}'])
+def test_a_changed_manifest_is_refused(tmp_path):
+    made = prepare(spec(n_max=20, ratio=2), tmp_path, tmp_path)
+    manifest = made.path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["counts"].reverse()
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(LtnormError, match="changed"):
+        find(spec(n_max=20, ratio=2), tmp_path)
+
+
+def test_nearly_equal_ratios_are_two_sets(tmp_path):
+    first, second = (prepare(spec(ratio=r), tmp_path, tmp_path) for r in (1.000001, 1))
+    assert first.path != second.path
+    assert sum(first.counts) < sum(second.counts) == 1000
+    second.path.rename(tmp_path / "other")
+    first.path.rename(second.path)
+    with pytest.raises(LtnormError, match="other settings"):
+        prepare(spec(ratio=1), tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1}'])
 def test_a_damaged_or_foreign_manifest_is_refused(tmp_path, content):
     made = prepare(spec(n_max=20, ratio=2), tmp_path, tmp_path)
     (made.path / "manifest.json").write_text(content)
@@ -100,18 +121,12 @@ def test_only_the_split_asked_for_is_opened(tmp_path):
         made.load("test")
 
 
-def test_two_processes_may_make_the_same_set(tmp_path):
-    made = []
-    threads = [
-        threading.Thread(target=lambda: made.append(prepare(spec(), tmp_path, tmp_path)))
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert made
-    made[-1].check()
+def test_two_may_make_the_same_set_at_once(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(prepare, spec(), tmp_path, tmp_path) for _ in range(2)]
+    for made in both:
+        made.result().check()
+    assert [p.name for p in tmp_path.iterdir()] == [set_id(spec())]
 
 
 def test_synthetic_is_seeded_balanced_and_ambiguous(tmp_path):
@@ -194,13 +209,17 @@ def test_damaged_source_files_are_named(tmp_path):
         datasets.cifar10(tmp_path, False)
 
 
-def test_preparing_needs_no_torch():
+def test_preparing_needs_no_torch(tmp_path):
     import subprocess
 
-    modules = "ltnorm.data.prepare, ltnorm.cli, ltnorm.reporting.compare"
-    code = f"import sys, {modules}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    code = (
+        "import sys; from ltnorm.cli import main; main(['prepare']); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+    assert (tmp_path / "data").is_dir()
 
 
 @pytest.fixture

@@ -6,10 +6,14 @@ They run on fewer images; those that need CIFAR-10 run where LTNORM_DATA names i
 import os
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
+from ltnorm import registry
 from ltnorm.cli import main
 
 PROJECT = Path(__file__).parent.parent
@@ -52,11 +56,45 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
 
 
 def test_the_python_examples_of_the_readme_run():
-    examples = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), flags=re.DOTALL)
-    names: dict = {}
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), names)
+    library, norm = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), flags=re.DOTALL)
+    names = _run(library)
     assert names["logits"].shape == (8, 100)
-    x = names["torch"].randn(2, 4, 3, 3)
-    rms = names["RMSNorm2d"](4)(x).square().mean(1).sqrt()
-    names["torch"].testing.assert_close(rms, names["torch"].ones_like(rms), rtol=1e-3, atol=1e-3)
+    rms = _run(norm)["RMSNorm2d"](4)(torch.randn(2, 4, 3, 3)).square().mean(1).sqrt()
+    torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=1e-3)
+
+
+def _run(example: str) -> dict:
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    return names
+
+
+def test_the_norm_of_the_readme_is_added_by_its_one_line(monkeypatch, tmp_path, capsys):
+    _, norm = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), flags=re.DOTALL)
+    [line] = re.findall(r'^"rms": (Entry\(.*\)),$', PAGES[0].read_text(), flags=re.MULTILINE)
+    module = types.ModuleType("ltnorm.norms.rms")
+    monkeypatch.setitem(sys.modules, "ltnorm.norms.rms", module)
+    exec(norm, module.__dict__)
+    monkeypatch.setitem(registry.NORMS, "rms", eval(line, {"Entry": registry.Entry}))
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--recipe", "smoke", "--norm", "rms", "--set", "norm.eps=1e-3", "--json"]
+    assert main(command) == 0
+    assert '"norm_options": "eps=0.001"' in capsys.readouterr().out
+
+
+def test_pages_have_no_placeholders_and_their_links_resolve():
+    for page in [*PAGES, PROJECT / "results" / "README.md"]:
+        text = page.read_text()
+        assert not re.findall(r"^(?:OUTPUT|VALIDATION|REFERENCE|TODO)$", text, flags=re.MULTILINE)
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_pasted_output_looks_like_what_compare_prints(tmp_path, monkeypatch, capsys):
+    pasted = re.search(r"```\n(synthetic-.*?)```", PAGES[0].read_text(), flags=re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    main(["train", "--recipe", "smoke", "--norm", "bn", "--quiet"])
+    shown = capsys.readouterr().out
+    assert pasted.splitlines()[1].split() == shown.splitlines()[1].split()
+    for norm in ("bn", "gn", "split", "compound"):
+        assert f"\n{norm} " in pasted

@@ -111,6 +111,9 @@ def test_all_mistakes_are_told_at_once_with_their_paths():
         ({"tag": "../up"}, "tag"),
         ({"norm": {"name": "split", "affine": "component"}}, "norm.affine"),
         ({"norm": {"name": "compound", "aux_weight": 2}}, "norm.aux_weight"),
+        ({"norm": {"name": "compound", "dual_path": False, "consistency": 1}}, "norm.consistency"),
+        ({"norm": {"name": "compound", "temperature": float("inf")}}, "norm.temperature"),
+        ({"train": {"batch_size": 1}}, "train.batch_size"),
         ({"optimizer": {}}, "optimizer"),
     ],
 )
@@ -120,10 +123,35 @@ def test_a_mistake_is_told_by_its_path(data, path):
     assert error.value.message.startswith(f"{path}:")
 
 
-@pytest.mark.parametrize("item", ["norm.components", "=3", "norm.components=[1"])
+@pytest.mark.parametrize("item", ["norm.components", "=3", "norm.components=[1", "norm=gn"])
 def test_set_must_be_key_value(item):
     with pytest.raises(UsageError, match="--set"):
         resolve({}, Overrides(sets=[item]))
+
+
+def test_set_wins_over_flags():
+    made = resolve({}, Overrides(norms=["bn"], seeds=[1], sets=["norm.name=gn", "seed=3"]))
+    assert [(r.norm.name, r.seed) for r in made] == [("gn", 3)]
+    for order in (1, -1):
+        sets = ["dataset.classes=6", "dataset.name=synthetic"][::order]
+        [recipe] = resolve({"dataset": {"name": "cifar10"}}, Overrides(sets=sets))
+        assert recipe.dataset.options["classes"] == 6
+
+
+def test_mistakes_in_norms_and_elsewhere_are_told_together():
+    with pytest.raises(UsageError) as error:
+        resolve(
+            {},
+            Overrides({"train.lr": -1}, ["norm.momentumm=1", "model.name=bar"], ["bn", "foo"]),
+        )
+    for part in ("4 mistakes", "'foo'", "train.lr", "norm.momentumm", "model.name"):
+        assert part in error.value.message
+
+
+def test_only_the_sections_asked_for_are_looked_up():
+    base = {"norm": {"name": "bn", "strange": 1}, "dataset": {"ratio": 7}}
+    [recipe] = resolve(base, Overrides(), kinds=["dataset"])
+    assert recipe.dataset.options["classes"] == 10
 
 
 def test_a_norm_option_that_no_norm_has_is_a_mistake():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ltnorm import losses, models
+from ltnorm import losses, models, registry
 from ltnorm.console import Output
 from ltnorm.data import class_groups
 from ltnorm.errors import LtnormError
@@ -17,7 +17,7 @@ from ltnorm.training.dual import DualPath
 from ltnorm.training.objective import RoutedPath, SinglePath
 from ltnorm.training.run import build_model, build_objective, concrete, run
 
-NORMS = ["bn", "gn", "split", "compound"]
+NORMS = list(registry.NORMS)
 GROUPS = torch.tensor([0, 0, 1, 1])
 
 
@@ -116,6 +116,17 @@ def test_consistency_ties_the_main_path_to_the_stopped_auxiliary_one(aux_gradien
     assert own - model == 2 * (64 * 64 + 64)
 
 
+def test_compound_with_one_component_trains_as_bn_at_the_cost_of_bn():
+    images, labels = batch()
+    one = objective(DualPath, norm_options={"components": 1})
+    one = DualPath(one.model, one.loss, torch.zeros(4, dtype=torch.long))
+    bn = objective(SinglePath, norm="bn")
+    for _ in range(3):
+        torch.testing.assert_close(one(images, labels), bn(images, labels))
+    assert one.cost == (1, 1)
+    torch.testing.assert_close(one.model.norm.running_mean[0], bn.model.norm.running_mean)
+
+
 def test_split_is_routed_by_class_group():
     images, labels = batch()
     routed = objective(RoutedPath, norm="split")
@@ -134,7 +145,7 @@ def test_split_with_one_group_trains_as_bn():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_initial_weights_and_batches_pair_across_norms(tiny_recipe, tiny_set, norm):
+def test_initial_weights_of_a_run_pair_across_norms(tiny_recipe, tiny_set, norm):
     recipes = [tiny_recipe(norm=name, seed=3) for name in ("bn", norm)]
     bn, other = (build_model(recipe, 4, 8) for recipe in recipes)
     assert torch.equal(bn.fc.weight, other.fc.weight)
@@ -211,6 +222,14 @@ def test_divergence_names_epoch_step_and_a_way_out(tiny_recipe, tiny_set, tmp_pa
     assert not schema.finished(schema.run_directory(recipe, tmp_path))
 
 
+def test_weights_that_diverge_in_the_last_step_are_no_success(tiny_recipe, tiny_set, tmp_path):
+    settings = {"train.lr": 1e30, "train.epochs": 1, "train.warmup_epochs": 0}
+    recipe, _ = concrete(tiny_recipe(**settings, **{"train.batch_size": sum(tiny_set.counts)}))
+    with pytest.raises(LtnormError, match="not finite"):
+        run(recipe, tiny_set, tmp_path, Output(quiet=True))
+    assert not schema.finished(schema.run_directory(recipe, tmp_path))
+
+
 def test_bf16_trains(tiny_recipe, tiny_set, tmp_path):
     recipe, reason = concrete(tiny_recipe(norm="compound", **{"train.precision": "bf16"}))
     assert reason == "as asked"
@@ -247,6 +266,20 @@ def test_checkpoints_with_code_are_refused(tmp_path):
     torch.save({"format": 1, "model": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(LtnormError, match="not a checkpoint"):
         checkpoint.load(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize("part", [{"recipe": None}, {"model": None}, {"counts": 3}])
+def test_checkpoints_with_wrong_parts_are_refused(tmp_path, part):
+    whole = {"recipe": "", "counts": [], "index_sha256": "", "epoch": 1, "model": {}}
+    torch.save({"format": 1} | whole | part, tmp_path / "odd.pt")
+    with pytest.raises(LtnormError, match="lacks parts"):
+        checkpoint.load(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1", "nonsense"])
+def test_checkpoints_with_a_strange_recipe_are_refused(text):
+    with pytest.raises(LtnormError, match="recipe"):
+        checkpoint.Checkpoint(text, [], "", 1, {}).parsed_recipe()
 
 
 def test_checkpoints_of_another_format_are_refused(tmp_path):

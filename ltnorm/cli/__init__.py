@@ -20,7 +20,7 @@ app = typer.Typer(
     name="ltnorm",
     help="Does the choice of normalization layer help the rare classes?",
     no_args_is_help=True,
-    rich_markup_mode="rich",  # markdown would import a syntax highlighter first
+    rich_markup_mode=None,  # rich help would import a markdown parser: half the start-up time
     pretty_exceptions_enable=False,
 )
 app.command("prepare")(prepare.command)

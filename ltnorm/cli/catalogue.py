@@ -24,7 +24,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """List what can be chosen by name: norms, losses, models, datasets or recipes."""
+    """List norms, losses, models, datasets or recipes."""
     from rich.table import Table
     from rich.text import Text
 

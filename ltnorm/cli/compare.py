@@ -2,12 +2,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ltnorm.cli import options
 from ltnorm.console import Output
+from ltnorm.errors import UsageError, did_you_mean
+
+DEFAULT_BASELINE = "bn"
 
 
 class Format(StrEnum):
@@ -24,8 +27,9 @@ def command(
         list[Path] | None, typer.Argument(help="Folders of results, or result.csv files (results).")
     ] = None,
     baseline: Annotated[
-        str, typer.Option("--baseline", help="The norm, or row label, that deltas refer to.")
-    ] = "bn",
+        str | None,
+        typer.Option("--baseline", help="The norm, or row label, that deltas refer to (bn)."),
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option("--metric", help="Column to show, may be repeated (all head medium tail)."),
@@ -37,10 +41,10 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compare finished runs: mean and spread over seeds, head, medium and tail, and the cost.
+    """Compare finished runs: accuracy by group, and cost.
 
-    A row is one setting, a block all settings that differ only in the norm. Only seeds are
-    averaged.
+    Prints mean and spread over seeds. A row is one setting, a block all settings that differ only
+    in the norm. Only seeds are averaged.
 
     `ltnorm compare results/`
     """
@@ -48,15 +52,16 @@ def command(
     from ltnorm.reporting import tables
 
     output = Output(quiet=quiet, json=json)
-    results, problems = comparing.load(paths or [options.OUT])
-    for problem in problems:
-        output.warn(f"left out: {problem}")
+    results, warnings = comparing.load(paths or [options.OUT])
+    for warning in warnings:
+        output.warn(warning)
     blocks = comparing.compare(
-        results, baseline=baseline, metrics=metric or comparing.DEFAULT_METRICS, sort=sort
+        results,
+        baseline=baseline or DEFAULT_BASELINE,
+        metrics=metric or comparing.DEFAULT_METRICS,
+        sort=sort,
     )
-    if not any(block.baseline for block in blocks):
-        labels = sorted({row.label for block in blocks for row in block.rows})
-        output.warn(f"no row '{baseline}' to compare with; --baseline takes: {', '.join(labels)}")
+    _check_baseline(blocks, baseline, output)
     if json:
         format = Format.json
     if format is Format.table:
@@ -68,3 +73,16 @@ def command(
             Format.json: tables.as_json,
         }
         output.raw(exporters[format](blocks))
+
+
+def _check_baseline(blocks: list[Any], asked: str | None, output: Output) -> None:
+    """Tell where deltas are missing; a baseline that was asked for must be somewhere."""
+    without = [block for block in blocks if block.baseline is None]
+    if not without:
+        return
+    labels = list(dict.fromkeys(row.label for block in without for row in block.rows))
+    if asked and len(without) == len(blocks):
+        raise UsageError(f"no single row is '{asked}'", did_you_mean(asked, labels))
+    where = "; ".join(block.title for block in without)
+    name = asked or DEFAULT_BASELINE
+    output.warn(f"no single row '{name}' in {where}; --baseline takes: {', '.join(labels)}")

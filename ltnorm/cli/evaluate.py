@@ -20,9 +20,9 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Reload a trained model and print its accuracy by group and class, and its calibration.
+    """Evaluate a trained model by group and by class.
 
-    The numbers are those of the run's result.csv.
+    Prints calibration, macro F1 and G-mean, too. The numbers are those of the run's result.csv.
 
     `ltnorm eval results/synthetic-exp100/resnet8-bn-ce/seed0`
     """

@@ -7,58 +7,39 @@ import typer
 
 from ltnorm.errors import UsageError
 
-DATA, TRAINING, PLACES, PRINTING = "Data", "Training", "Places", "Printing"
-
-
-def _option(*names: str, help: str, panel: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
 Dataset = Annotated[
-    str | None, _option("--dataset", help="Data set; see `ltnorm list datasets`.", panel=DATA)
+    str | None, typer.Option("--dataset", help="Data set; see `ltnorm list datasets`.")
 ]
-Ratio = Annotated[float | None, _option("--ratio", help="Largest class over smallest.", panel=DATA)]
+Ratio = Annotated[float | None, typer.Option("--ratio", help="Largest class over smallest.")]
 Profile = Annotated[
-    str | None, _option("--profile", help="Shape of the tail: exp, step or pareto.", panel=DATA)
+    str | None, typer.Option("--profile", help="Shape of the tail: exp, step or pareto.")
 ]
-NMax = Annotated[
-    int | None, _option("--n-max", help="Images of the largest class (all).", panel=DATA)
-]
-Val = Annotated[
-    int | None, _option("--val", help="Hold out N images a class for validation.", panel=DATA)
-]
+NMax = Annotated[int | None, typer.Option("--n-max", help="Images of the largest class (all).")]
+Val = Annotated[int | None, typer.Option("--val", help="Hold out N images a class for validation.")]
 ClassOrder = Annotated[
     str | None,
-    _option("--class-order", help="Which class is the head: label, reversed, seeded.", panel=DATA),
+    typer.Option("--class-order", help="Which class is the head: label, reversed, seeded."),
 ]
-DataSeed = Annotated[
-    int | None, _option("--data-seed", help="Seed of which images are kept.", panel=DATA)
-]
+DataSeed = Annotated[int | None, typer.Option("--data-seed", help="Seed of which images are kept.")]
 Groups = Annotated[
     str | None,
-    _option("--groups", help="How classes are reported: auto, shots or thirds.", panel=DATA),
+    typer.Option("--groups", help="How classes are reported: auto, shots or thirds."),
 ]
-Root = Annotated[
-    Path, _option("--root", help="Where the raw data lies or is downloaded to.", panel=PLACES)
-]
-DataDir = Annotated[Path, _option("--data-dir", help="Where prepared sets lie.", panel=PLACES)]
-Out = Annotated[Path, _option("--out", help="Where results are written.", panel=PLACES)]
+Root = Annotated[Path, typer.Option("--root", help="Where the raw data lies or is downloaded to.")]
+DataDir = Annotated[Path, typer.Option("--data-dir", help="Where prepared sets lie.")]
+Out = Annotated[Path, typer.Option("--out", help="Where results are written.")]
 Recipe = Annotated[
     str | None,
-    _option(
-        "--recipe", help="A recipe, by name or path; see `ltnorm list recipes`.", panel=TRAINING
-    ),
+    typer.Option("--recipe", help="A recipe, by name or path; see `ltnorm list recipes`."),
 ]
 Set = Annotated[
     list[str] | None,
-    _option("--set", help="Any key of the recipe: `--set norm.components=3`.", panel=TRAINING),
+    typer.Option("--set", help="Any key of the recipe: `--set norm.components=3`."),
 ]
-Device = Annotated[
-    str | None, _option("--device", help="auto, cpu, cuda, cuda:1 or mps.", panel=TRAINING)
-]
-Force = Annotated[bool, _option("--force", help="Do it again if it is done.", panel=PRINTING)]
-Json = Annotated[bool, _option("--json", help="One JSON document on stdout.", panel=PRINTING)]
-Quiet = Annotated[bool, _option("--quiet", "-q", help="Nothing but the result.", panel=PRINTING)]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
+Force = Annotated[bool, typer.Option("--force", help="Do it again if it is done.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the result.")]
 
 ROOT, DATA_DIR, OUT = Path("data/raw"), Path("data"), Path("results")
 

@@ -31,7 +31,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Build a long-tailed image set, check it, and print its classes and groups.
+    """Build a long-tailed image set and show its classes.
 
     The only command that may use the network. A second call finds the set and checks it.
 
@@ -44,9 +44,8 @@ def command(
     output = Output(quiet=quiet, json=json)
     flags = options.data_flags(dataset, ratio, profile, n_max, val, class_order, data_seed, groups)
     base = recipes.read(recipe or options.default_recipe(dataset))
-    # Only the data matters here; other sections may name what this machine cannot even import.
-    only_data = {"dataset": base.get("dataset", {})}
-    [wanted] = recipes.resolve(only_data, recipes.Overrides(flags, set_ or ()))
+    overrides = recipes.Overrides(flags, set_ or ())
+    [wanted] = recipes.resolve(base, overrides, kinds=["dataset"])
     spec = wanted.dataset
     if download:
         output.note(f"looking for {spec.name} in {root}")

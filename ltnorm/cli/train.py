@@ -15,10 +15,11 @@ from ltnorm.errors import LtnormError
 class Interrupted(LtnormError):
     """The user or the system stopped the command."""
 
-    def __init__(self, exit_code: int, done: int, planned: int) -> None:
+    def __init__(self, exit_code: int, done: int, planned: int, force: bool) -> None:
+        again = "type the same command again"
         super().__init__(
             f"interrupted, {done} of {planned} runs finished",
-            "type the same command again: finished runs are kept and skipped",
+            f"{again}{' without --force' if force else ''}: finished runs are kept and skipped",
         )
         self.exit_code = exit_code
 
@@ -73,7 +74,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train every norm with every seed under the same budget, and print the table.
+    """Train norms and seeds under the same budget.
 
     Without --dataset it runs on embedded synthetic data. A finished run is skipped, unless
     --force. Each run ends with the evaluation of its last epoch.
@@ -104,19 +105,30 @@ def command(
         flags=flags,
         sets=set_ or (),
         norms=norm or (),
-        seeds=[*(seed or []), *(options.parse_seeds(seeds) if seeds else [])],
+        seeds=[*(seed or []), *(options.parse_seeds(seeds) if seeds is not None else [])],
     )
-    schema.check_out(out)
-    planned = recipes.resolve(base, overrides)
+    done: dict[Path, Any] = {}
+    planned: list[Any] = []
     before = signal.signal(signal.SIGTERM, _on_terminate)
     try:
-        _run_all(planned, root, data_dir, out, force, output)
+        planned += recipes.resolve(base, overrides)
+        schema.check_out(out)
+        _run_all(planned, done, root, data_dir, out, force, output)
+    except (KeyboardInterrupt, _Terminated) as stop:
+        code = 143 if isinstance(stop, _Terminated) else 130
+        raise Interrupted(code, len(done), len(planned), force) from stop
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _run_all(
-    planned: list[Any], root: Path, data_dir: Path, out: Path, force: bool, output: Output
+    planned: list[Any],
+    done: dict[Path, Any],
+    root: Path,
+    data_dir: Path,
+    out: Path,
+    force: bool,
+    output: Output,
 ) -> None:
     """Run what is not finished, go on after a failed run, and print all that is finished."""
     from ltnorm.data.prepare import prepare
@@ -128,19 +140,14 @@ def _run_all(
     data = prepare(planned[0].dataset, root, data_dir)
     for recipe, _ in resolved:
         running.check(recipe, data)
-    done: dict[Path, schema.Result] = {}
     failures: list[LtnormError] = []
     for recipe, _ in resolved:
         try:
             directory = schema.run_directory(recipe, out)
-            if schema.finished(directory) and not force:
-                output.note(f"{directory} is finished; --force repeats it")
-                done[directory] = schema.read_result(directory / schema.RESULT)
+            if not force and (result := _finished(directory, recipe, data, output)):
+                done[directory] = result
             else:
                 done[directory] = running.run(recipe, data, out, output)
-        except (KeyboardInterrupt, _Terminated) as stop:
-            code = 143 if isinstance(stop, _Terminated) else 130
-            raise Interrupted(code, len(done), len(resolved)) from stop
         except LtnormError as error:
             failures.append(error)
             output.warn(f"{recipe.norm.name} seed {recipe.seed} failed: {error.message}")
@@ -148,6 +155,20 @@ def _run_all(
     if failures:
         more = f" ({len(failures)} of {len(resolved)} runs failed)" if len(resolved) > 1 else ""
         raise LtnormError(failures[0].message + more, failures[0].hint)
+
+
+def _finished(directory: Path, recipe: Any, data: Any, output: Output) -> Any | None:
+    """The result of a run that need not be repeated: of this very recipe, on these images."""
+    from ltnorm.reporting import schema
+
+    if not schema.finished(directory):
+        return None
+    result = schema.read_result(directory / schema.RESULT)
+    if result.fingerprint != recipe.fingerprint() or result.index_sha256 != data.index_sha256:
+        output.warn(f"{directory} holds the result of other images or settings: repeating it")
+        return None
+    output.note(f"{directory} is finished; --force repeats it")
+    return result
 
 
 def _on_terminate(*_: Any) -> None:

@@ -42,21 +42,26 @@ def long_tail_counts(
         )
     ranks = [i / (num_classes - 1) for i in range(num_classes)]
     if profile == "exp":
-        counts = [int(n_max * (1 / ratio) ** t) for t in ranks]
+        counts = [_truncate(n_max * (1 / ratio) ** t) for t in ranks]
     elif profile == "step":
         half = num_classes // 2
-        counts = [int(n_max)] * half + [int(n_max / ratio)] * (num_classes - half)
+        counts = [int(n_max)] * half + [_truncate(n_max / ratio)] * (num_classes - half)
     elif profile == "pareto":
-        counts = [int(n_max * (1 + t * (ratio ** (1 / 6) - 1)) ** -6) for t in ranks]
+        counts = [_truncate(n_max * (1 + t * (ratio ** (1 / 6) - 1)) ** -6) for t in ranks]
     else:
         raise UsageError(f"unknown profile '{profile}'", "choose from exp, step, pareto")
     if empty := counts.count(0):
         raise UsageError(
             f"profile {profile} at ratio {ratio:g} and n_max {n_max} leaves {empty} of "
             f"{num_classes} classes empty",
-            f"lower --ratio to below {n_max}, the images of the largest class",
+            f"lower --ratio to at most {n_max}, the images of the largest class",
         )
     return counts
+
+
+def _truncate(x: float) -> int:
+    """int(x), but 49.999999999 is 50: a rounding error must not cost an image of the tail."""
+    return int(x * (1 + 1e-9))
 
 
 def class_ranks(num_classes: int, order: ClassOrder = "label", data_seed: int = 0) -> np.ndarray:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,11 @@ class PreparedSet:
         """Height of an image in pixels."""
         return self.manifest["image_size"]
 
+    @property
+    def splits(self) -> list[str]:
+        """The splits that it has: train, test, and perhaps val."""
+        return sorted({name.split("_")[0] for name in self.manifest["sha256"]})
+
     def load(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
         """The images and labels of one split, checked; no other split's files are opened.
 
@@ -66,7 +71,7 @@ class PreparedSet:
             LtnormError: a file is missing or damaged.
         """
         images, labels = (f"{split}_images.npy", f"{split}_labels.npy")
-        if images not in self.manifest["sha256"]:
+        if split not in self.splits:
             raise UsageError(
                 f"{self.set_id} has no {split} split", "`ltnorm prepare --val N` holds out images"
             )
@@ -98,7 +103,7 @@ def damaged(path: Path, what: str) -> LtnormError:
 
 def set_id(spec: Dataset) -> str:
     """A readable name that differs whenever the images do, e.g. `cifar10-exp100-val50`."""
-    parts = [spec.name, f"{spec.profile}{spec.ratio:g}"]
+    parts = [spec.name, f"{spec.profile}{spec.ratio:.12g}"]
     parts += [f"n{spec.n_max}"] if spec.n_max else []
     parts += [f"val{spec.val}"] if spec.val else []
     parts += [spec.class_order] if spec.class_order != "label" else []
@@ -112,7 +117,8 @@ def find(spec: Dataset, data_dir: Path) -> PreparedSet | None:
     """The prepared set for `spec`, or None if it has not been made.
 
     Raises:
-        LtnormError: the folder is there but its manifest is damaged, or of another format.
+        LtnormError: the folder is there but its manifest is damaged, of another format, or says
+            that it was made for another spec.
     """
     path = data_dir / set_id(spec)
     manifest = path / MANIFEST
@@ -120,12 +126,21 @@ def find(spec: Dataset, data_dir: Path) -> PreparedSet | None:
         return None
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-        version = content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version, seal = content["format"], content.pop("seal")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path, f"{manifest} is missing or damaged") from error
     if version != FORMAT:
         raise damaged(path, f"{path} has format {version}, this ltnorm reads {FORMAT}")
+    if seal != _seal(content):
+        raise damaged(path, f"{manifest} was changed after it was written")
+    if content["spec"] != spec.model_dump(mode="json"):
+        raise damaged(path, f"{path} was made from other settings")
     return PreparedSet(path, content)
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """A hash of the manifest's own content: counts and groups decide what is reported."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def prepare(
@@ -187,17 +202,19 @@ def prepare(
     }
     path = data_dir / set_id(spec)
     try:
-        _write(path, arrays, manifest, replace=force)
+        _write(path, arrays, manifest, overwrite=force)
     except OSError as error:
         raise LtnormError(
             f"cannot write the prepared set to {data_dir}: {error.strerror or error}",
             "choose a writable folder with --data-dir DIR",
         ) from error
-    return PreparedSet(path, json.loads((path / MANIFEST).read_text()), fresh=True)
+    made = find(spec, data_dir)
+    assert made is not None
+    return replace(made, fresh=True)
 
 
 def _write(
-    path: Path, arrays: dict[str, np.ndarray], manifest: dict[str, Any], replace: bool
+    path: Path, arrays: dict[str, np.ndarray], manifest: dict[str, Any], overwrite: bool
 ) -> None:
     """Write to a temporary folder beside `path`, then rename: it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,8 +226,9 @@ def _write(
             np.save(temporary / f"{name}.npy", array)
             checksums[f"{name}.npy"] = _sha256(temporary / f"{name}.npy")
         manifest = manifest | {"sha256": checksums}
+        manifest["seal"] = _seal(manifest)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        if replace:
+        if overwrite:
             shutil.rmtree(path, ignore_errors=True)
         try:
             temporary.rename(path)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ltnorm.data.loader import normalize
 from ltnorm.data.longtail import GROUP_NAMES, GroupScheme, report_groups
 from ltnorm.data.prepare import PreparedSet, Split
+from ltnorm.errors import LtnormError
 from ltnorm.evaluation import metrics
 
 BATCH = 500
@@ -27,14 +28,26 @@ def predict(
 ) -> Tensor:
     """Logits float32 [N, C] on the CPU, for images uint8 [N, H, W, 3].
 
-    Always in float32, whatever the precision of training, so that a checkpoint has one accuracy.
+    Always in float32 (TF32 convolutions off), whatever the precision of training, so that a
+    checkpoint has one accuracy.
+
+    Raises:
+        LtnormError: logits that are not finite.
     """
     model.eval()
-    logits = [
-        model(normalize(torch.from_numpy(part).to(device), mean, std)).cpu()
-        for part in np.array_split(images, max(1, len(images) // BATCH))
-    ]
-    return torch.cat(logits)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        logits = torch.cat(
+            [
+                model(normalize(torch.from_numpy(part).to(device), mean, std)).cpu()
+                for part in np.array_split(images, max(1, len(images) // BATCH))
+            ]
+        )
+    if not logits.isfinite().all():
+        raise LtnormError(
+            "the model's outputs are not finite: its weights have diverged",
+            "lower the learning rate (--lr), or raise train.warmup_epochs",
+        )
+    return logits
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ holds the rows that share everything outside `norm.*`.
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,17 @@ class Block:
     eval_split: str
     baseline: str | None
     metrics: tuple[str, ...]
+    devices: list[str]
     rows: list[Row]
+
+    @property
+    def paired(self) -> bool:
+        """Whether all rows have the same seeds."""
+        return len({tuple(row.seeds) for row in self.rows}) == 1
 
 
 def load(paths: Sequence[Path]) -> tuple[list[schema.Result], list[str]]:
-    """All results below `paths`, and what is wrong with those that could not be read.
+    """All results below `paths`, and warnings: files left out, and runs that contradict.
 
     The same run found twice counts once.
 
@@ -73,19 +80,24 @@ def load(paths: Sequence[Path]) -> tuple[list[schema.Result], list[str]]:
         raise NothingFound(
             f"no results in {named}", "run `ltnorm train --norm bn --norm compound` first"
         )
-    results: dict[tuple[str, str, int], schema.Result] = {}
+    results: dict[tuple[str, str, int], tuple[Path, schema.Result]] = {}
     problems: list[LtnormError] = []
+    warnings: list[str] = []
     for file in files:
         try:
             result = schema.read_result(file)
         except LtnormError as error:
             problems.append(error)
             continue
-        results.setdefault((result.fingerprint, result.index_sha256, result.seed), result)
+        key = (result.fingerprint, result.index_sha256, result.seed)
+        first, kept = results.setdefault(key, (file, result))
+        if any(getattr(kept, m) != getattr(result, m) for m in schema.METRICS):
+            warnings.append(f"{file} repeats {first} with other numbers: only {first} is used")
     if not results:
         more = f" ({len(problems)} such files)" if len(problems) > 1 else ""
         raise LtnormError(problems[0].message + more, problems[0].hint)
-    return list(results.values()), [problem.message for problem in problems]
+    warnings = [f"left out: {problem.message}" for problem in problems] + warnings
+    return [result for _, result in results.values()], warnings
 
 
 def compare(
@@ -114,7 +126,7 @@ def compare(
     groups = [group for _, group in frame.groupby("block", sort=False)]
     titles = _titles(groups)
     blocks = [
-        _block(group, title, baseline, tuple(metrics), wanted, sort)
+        _block(group, title, baseline, tuple(dict.fromkeys(metrics)), wanted, sort)
         for group, title in zip(groups, titles, strict=True)
     ]
     return sorted(blocks, key=lambda block: block.title)
@@ -130,7 +142,7 @@ def _block(
 ) -> Block:
     labels = _labels(frame)
     base = _baseline(labels, baseline)
-    # Relabelled, so that rows below can be told by label alone.
+    # No two fingerprints share a label, so rows below can be told by it.
     frame = frame.assign(label=frame["fingerprint"].map(labels))
     reference = frame[frame["label"] == base] if base else None
     rows = [
@@ -145,6 +157,7 @@ def _block(
         eval_split=first["eval_split"],
         baseline=base,
         metrics=metrics,
+        devices=sorted(set(frame["device"])),
         rows=_sorted(rows, sort),
     )
 
@@ -165,7 +178,9 @@ def _row(
         for metric in metrics:
             ours, theirs = mean(runs, metric), mean(reference, metric)
             delta[metric] = None if ours is None or theirs is None else ours - theirs
-        relative = runs["train_seconds"].mean() / reference["train_seconds"].mean()
+        # Times of different machines have no ratio.
+        if set(runs["device"]) == set(reference["device"]) and runs["device"].nunique() == 1:
+            relative = runs["train_seconds"].mean() / reference["train_seconds"].mean()
     first = runs.iloc[0]
     return Row(
         label=label,
@@ -188,19 +203,20 @@ def _number(value: float) -> float | None:
 
 
 def _labels(frame: pd.DataFrame) -> dict[str, str]:
-    """A label for each fingerprint: the norm, and the options in which rows of it differ."""
-    norms = {
-        row.fingerprint: json.loads(row.settings)["norm"]
+    """A label for each fingerprint: the norm and its options that are not the defaults.
+
+    Where defaults have changed between versions two settings can look alike; then the start of
+    the fingerprint tells them apart.
+    """
+    labels = {
+        row.fingerprint: f"{row.norm} ({row.norm_options})" if row.norm_options else row.norm
         for row in frame.drop_duplicates("fingerprint").itertuples()
     }
-    labels = {}
-    for fingerprint, norm in norms.items():
-        same = [other for other in norms.values() if other["name"] == norm["name"]]
-        keys = dict.fromkeys(k for other in same for k in other)
-        differing = [k for k in keys if len({json.dumps(other.get(k)) for other in same}) > 1]
-        options = ", ".join(f"{k}={_plain(norm.get(k))}" for k in differing)
-        labels[fingerprint] = f"{norm['name']} ({options})" if options else norm["name"]
-    return labels
+    twice = {label for label, count in Counter(labels.values()).items() if count > 1}
+    return {
+        fingerprint: f"{label} [{fingerprint[:6]}]" if label in twice else label
+        for fingerprint, label in labels.items()
+    }
 
 
 def _plain(value: Any) -> str:

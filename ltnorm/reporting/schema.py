@@ -16,6 +16,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltnorm.errors import LtnormError, UsageError
+from ltnorm.errors import LtnormError, NothingFound, UsageError
 from ltnorm.recipe import Recipe
 
 SCHEMA = 1
@@ -45,6 +46,7 @@ class Result:
     index_sha256: str
     model: str
     norm: str
+    norm_options: str  # those that are not the defaults, as one would --set them
     loss: str
     tag: str | None
     seed: int
@@ -113,41 +115,57 @@ def check_out(out: Path) -> None:
         raise UsageError(f"--out {out} is not writable: {error.strerror or error}", hint) from error
 
 
-def run_directory(recipe: Recipe, out: Path, *, claim: bool = True) -> Path:
+def run_directory(recipe: Recipe, out: Path) -> Path:
     """The directory of a run, claimed for its fingerprint.
 
     The claim is the exclusive creation of a file, so that of several processes with different
-    recipes each ends up with its own directory. With claim=False nothing is written.
+    recipes each ends up with its own directory.
+
+    Raises:
+        LtnormError: the directory cannot be made, or both names are taken.
     """
     fingerprint = recipe.fingerprint()
     plain = out / _setting_name(recipe)
     own = plain.with_name(f"{plain.name}-{fingerprint[:6]}")
     for directory in (plain, own):
-        if _owner(directory, fingerprint, claim) == fingerprint:
+        try:
+            owner = _owner(directory, fingerprint)
+        except OSError as error:
+            raise LtnormError(
+                f"cannot use {directory}: {error.strerror or error}",
+                "choose another folder with --out DIR",
+            ) from error
+        if owner == fingerprint:
             return directory / f"seed{recipe.seed}"
     raise LtnormError(
         f"{own} belongs to another recipe", "give the run a --tag, or another --out folder"
     )
 
 
-def _owner(directory: Path, fingerprint: str, claim: bool) -> str:
+def _owner(directory: Path, fingerprint: str) -> str:
     """Who owns a directory, after claiming it if it is free."""
     file = directory / OWNER
-    if claim:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Written aside and linked, so that nobody ever reads a half-written claim.
-        temporary = directory / f".{OWNER}.{os.getpid()}"
-        temporary.write_text(f"{fingerprint}\n")
-        try:
-            os.link(temporary, file)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            with contextlib.suppress(FileExistsError), file.open("x") as claimed:
-                claimed.write(f"{fingerprint}\n")
-        finally:
-            temporary.unlink()
-    return file.read_text().strip() if file.is_file() else fingerprint
+    if file.is_file():
+        return file.read_text().strip()
+    directory.mkdir(parents=True, exist_ok=True)
+    # A tree may have been copied without its marks; its results still say whose they are.
+    for result in directory.glob(f"*/{RESULT}"):
+        with contextlib.suppress(LtnormError):
+            fingerprint = read_result(result).fingerprint
+            break
+    # Written aside and linked, so that nobody ever reads a half-written claim.
+    temporary = directory / f".{OWNER}.{os.getpid()}"
+    temporary.write_text(f"{fingerprint}\n")
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        with contextlib.suppress(FileExistsError), file.open("x") as claimed:
+            claimed.write(f"{fingerprint}\n")
+    finally:
+        temporary.unlink()
+    return file.read_text().strip()
 
 
 def finished(directory: Path) -> bool:
@@ -157,9 +175,14 @@ def finished(directory: Path) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -167,15 +190,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a CSV whole or not at all; None becomes an empty cell."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows(rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
 
 
 def write_result(directory: Path, result: Result) -> None:
@@ -192,7 +211,7 @@ def read_result(path: Path) -> Result:
     hint = "delete or move the file, or compare with the version of ltnorm that wrote it"
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
+            header, *rows = [*csv.reader(file)] or [[]]
     except (OSError, ValueError, csv.Error) as error:
         raise LtnormError(f"{path} is not a readable CSV: {error}", hint) from error
     if "schema" not in header or "fingerprint" not in header:
@@ -210,7 +229,9 @@ def read_result(path: Path) -> Result:
         result = Result(
             **{f.name: _parse(cells[f.name], f.type) for f in dataclasses.fields(Result)}
         )
-        json.loads(result.settings)
+        settings = json.loads(result.settings)
+        if not isinstance(settings, dict) or not isinstance(settings.get("norm"), dict):
+            raise ValueError("its settings are not those of a recipe")
     except ValueError as error:
         raise LtnormError(f"{path} is damaged: {error}", hint) from error
     return result
@@ -223,8 +244,8 @@ def _parse(cell: str, kind: Any) -> Any:
         return None
     if "float" in str(kind):
         value = float(cell)
-        if math.isinf(value):
-            raise ValueError(f"{cell} is not finite")
+        if not math.isfinite(value):
+            raise ValueError(f"{cell} is not a finite number")
         return value
     return int(cell) if kind is int else cell
 
@@ -233,7 +254,7 @@ def find_results(paths: Sequence[Path]) -> list[Path]:
     """All result.csv files below `paths`; a path can also be such a file itself.
 
     Raises:
-        UsageError: a path does not exist.
+        NothingFound: a path does not exist.
     """
     found = []
     for path in paths:
@@ -242,8 +263,9 @@ def find_results(paths: Sequence[Path]) -> list[Path]:
         elif path.is_dir():
             found += sorted(path.rglob(RESULT))
         else:
-            raise UsageError(
-                f"no such file or folder: {path}", "results lie in results/ by default"
+            raise NothingFound(
+                f"no such file or folder: {path}",
+                "`ltnorm train --norm bn --norm compound` writes results into results/",
             )
     return list(dict.fromkeys(found))
 

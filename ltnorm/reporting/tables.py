@@ -69,6 +69,10 @@ def legend(block: Block) -> str:
     against = "no baseline row, so no Δ"
     if block.baseline:
         against = f"Δ in points and time against {block.baseline}"
+    if not block.paired:
+        against += "; the rows have different seeds"
+    if len(block.devices) > 1:
+        against += f"; trained on {', '.join(block.devices)}"
     return (
         f"{block.eval_split} accuracy in %, {spread}, last epoch. head / medium / tail: mean over "
         f"{head} / {medium} / {tail} classes ({block.group_scheme}). {against}. "

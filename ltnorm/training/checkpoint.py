@@ -27,8 +27,24 @@ class Checkpoint:
     format: int = FORMAT
 
     def parsed_recipe(self) -> Recipe:
-        """The recipe of the run."""
-        return validate(yaml.safe_load(self.recipe))
+        """The recipe of the run.
+
+        Raises:
+            LtnormError: it is not a recipe of this version.
+        """
+        try:
+            content = yaml.safe_load(self.recipe)
+        except (yaml.YAMLError, AttributeError) as error:
+            raise _foreign("its recipe is not readable") from error
+        if not isinstance(content, dict):
+            raise _foreign("its recipe is not readable")
+        return validate(content)
+
+
+def _foreign(why: str) -> LtnormError:
+    return LtnormError(
+        f"the checkpoint cannot be used: {why}", "train the run again: `ltnorm train --force`"
+    )
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -58,9 +74,8 @@ def load(path: Path) -> Checkpoint:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LtnormError(
-            f"{path} is damaged or not a checkpoint: {first[:120]}",
+            f"{path} is damaged or not a checkpoint ({type(error).__name__})",
             "train the run again: `ltnorm train --force` with the same flags",
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -69,9 +84,7 @@ def load(path: Path) -> Checkpoint:
             f"{path} is not a checkpoint of format {FORMAT} (found: {found})",
             "evaluate it with the version of ltnorm that wrote it",
         )
-    try:
-        return Checkpoint(**content)
-    except TypeError as error:
-        raise LtnormError(
-            f"{path} lacks parts of a checkpoint", "train the run again with --force"
-        ) from error
+    kinds = {"recipe": str, "counts": list, "index_sha256": str, "epoch": int, "model": dict}
+    if any(not isinstance(content.get(name), kind) for name, kind in kinds.items()):
+        raise _foreign("it lacks parts")
+    return Checkpoint(**{name: content[name] for name in kinds})

@@ -29,7 +29,8 @@ class DualPath(SinglePath):
 
     Args:
         model, loss, class_group: as `SinglePath`.
-        dual_path: False trains the mixture alone, at the cost of one path.
+        dual_path: False trains the mixture alone, at the cost of one path; so does a single
+            class group, which leaves nothing to tell apart.
         aux_gradient: what the auxiliary path does. "statistics": a forward without gradient
             that only shapes the components, so that L_aux is left out (w = 0). "full": one
             forward over both halves with pooled batch statistics; beware that the class group
@@ -50,10 +51,11 @@ class DualPath(SinglePath):
         consistency: NonNegativeFloat = 0.0,
     ) -> None:
         super().__init__(model, loss, class_group)
-        self.dual_path, self.aux_gradient = dual_path, aux_gradient
+        self.dual_path = dual_path and bool(class_group.any())
+        self.aux_gradient = aux_gradient
         self.aux_weight, self.consistency = aux_weight, consistency
         self.projector: nn.Module | None = None
-        if dual_path and consistency > 0:
+        if self.dual_path and consistency > 0:
             width = classifier(model).in_features
             self.projector = nn.Sequential(
                 nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
@@ -61,11 +63,20 @@ class DualPath(SinglePath):
 
     @staticmethod
     def check_options(
-        dual_path: bool, aux_gradient: AuxGradient, aux_weight: float, **_: Any
+        dual_path: bool,
+        aux_gradient: AuxGradient,
+        aux_weight: float,
+        consistency: float,
+        **_: Any,
     ) -> Iterator[tuple[str, str]]:
-        """Options without effect, as (option, what is wrong)."""
-        if aux_weight != 1.0 and not (dual_path and aux_gradient == "full"):
-            yield "aux_weight", "has an effect only with dual_path=true and aux_gradient=full"
+        """Options without effect, as (option, what is wrong): two names for one experiment."""
+        if aux_weight != 1.0 and aux_gradient != "full":
+            yield "aux_weight", "has an effect only with aux_gradient=full"
+        if not dual_path:
+            if aux_gradient != "statistics":
+                yield "aux_gradient", "has an effect only with dual_path=true"
+            if consistency:
+                yield "consistency", "has an effect only with dual_path=true"
 
     @property
     def cost(self) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 """One run from end to end: train, evaluate, write."""
 
 import dataclasses
+import io
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,10 @@ def check(recipe: Recipe, data: PreparedSet) -> None:
         )
     if {"components", "groups"} <= recipe.norm.options.keys():
         class_groups(data.counts, recipe.norm.options["components"])
+    if recipe.eval.split not in data.splits:
+        raise UsageError(
+            f"{data.set_id} has no {recipe.eval.split} split", "--val N holds out images"
+        )
 
 
 def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.Result:
@@ -85,8 +91,8 @@ def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.
         return _run(recipe, data, out, output)
     except OSError as error:
         raise LtnormError(
-            f"cannot write the run under {out}: {error.strerror or error}",
-            "free some space or choose another --out; finished runs are kept",
+            f"cannot read or write {error.filename or out}: {error.strerror or error}",
+            "finished runs are kept; free what is in the way, or choose another --out",
         ) from error
     except torch.OutOfMemoryError as error:
         raise LtnormError(
@@ -97,8 +103,6 @@ def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.
 def _run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.Result:
     directory = schema.run_directory(recipe, out)
     directory.mkdir(parents=True, exist_ok=True)
-    # Whatever an unfinished or repeated run left is void from here on.
-    (directory / schema.RESULT).unlink(missing_ok=True)
     schema.write_text(directory / schema.RECIPE, recipe.to_yaml())
 
     device = resolve_device(recipe.device)
@@ -165,7 +169,8 @@ def _save(
     epochs: list[Epoch],
     measured: Evaluation,
 ) -> None:
-    """Everything of a run but its result row."""
+    """Everything of a run but its result row; an earlier row is void from here on."""
+    (directory / schema.RESULT).unlink(missing_ok=True)
     saved = checkpoint.Checkpoint(
         recipe=recipe.to_yaml(),
         counts=data.counts,
@@ -191,11 +196,22 @@ def _save(
         ),
     )
     probability = measured.logits.softmax(1).gather(1, measured.labels[:, None])[:, 0]
+    arrays = io.BytesIO()
     np.savez_compressed(
-        directory / "predictions.npz",
+        arrays,
         label=measured.labels.numpy().astype(np.int16),
         prediction=measured.logits.argmax(1).numpy().astype(np.int16),
         true_class_probability=probability.numpy().astype(np.float16),
+    )
+    schema.write_bytes(directory / "predictions.npz", arrays.getvalue())
+
+
+def _changed_options(recipe: Recipe) -> str:
+    """The options of the norm that are not its defaults: `components=3, dual_path=false`."""
+    defaults = registry.options_model("norm", recipe.norm.name)().model_dump()
+    changed = {k: v for k, v in recipe.norm.options.items() if v != defaults[k]}
+    return ", ".join(
+        f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()
     )
 
 
@@ -208,6 +224,7 @@ def _recipe_columns(recipe: Recipe) -> dict[str, Any]:
         "data_seed": recipe.dataset.data_seed,
         "model": recipe.model.name,
         "norm": recipe.norm.name,
+        "norm_options": _changed_options(recipe),
         "loss": recipe.loss.name,
         "tag": recipe.tag,
         "seed": recipe.seed,
