@@ -201,6 +201,16 @@ def test_no_number_is_cut_on_a_narrow_terminal(width):
     assert shown.count("norm ") == {60: 3, 80: 2, 200: 1}[width]
 
 
+def test_a_long_label_is_folded_not_the_numbers():
+    sets = ["norm.components=4", "norm.temperature=0.5", "norm.assign=position"]
+    console = rich.console.Console(width=100, file=io.StringIO())
+    console.print(tables.table(compare([result(), result("compound", sets=sets)]), 100))
+    shown = console.file.getvalue()
+    assert shown.count("norm ") == 2
+    assert "assign=position" in shown
+    assert "2.4M" in shown
+
+
 def test_a_result_survives_the_disk(tmp_path):
     row = result(tail=None, all_=100 / 3)
     schema.write_result(tmp_path, row)

@@ -286,3 +286,10 @@ def test_a_failed_download_is_told(tmp_path, mirror):
         prepare(wanted, tmp_path / "raw", tmp_path / "data", download=True)
     assert "network" in error.value.hint
     assert error.value.exit_code == 1
+
+
+def test_prepare_says_what_it_downloads_and_where_to(ltnorm, mirror):
+    answer = ltnorm("prepare --dataset fashion-mnist --ratio 2 --root raw")
+    assert answer.code == 0, answer.err
+    assert "downloading fashion-mnist into raw" in answer.err
+    assert "downloading" not in ltnorm("prepare --dataset fashion-mnist --ratio 3 --root raw").err

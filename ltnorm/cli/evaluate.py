@@ -67,39 +67,33 @@ def _percent(value: float | None) -> str:
 
 def _tables(recipe: Any, data: Any, split: str, measured: Any) -> Any:
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
+
+    from ltnorm.reporting.tables import grid
 
     metrics = measured.metrics
     name = f"{data.set_id} · {recipe.model.name} · {recipe.norm.name} · seed {recipe.seed}"
-    overall = Table(title=f"{name} · {split}", title_justify="left", title_style="bold")
-    values = {
-        "all": _percent(metrics.accuracy),
-        **{group: _percent(value) for group, value in metrics.groups.items()},
-        "macro F1": _percent(metrics.macro_f1),
-        "G-mean": _percent(metrics.gmean),
-        "worst class": _percent(metrics.worst_class),
-        "NLL": f"{metrics.nll:.3f}",
-        "ECE": _percent(metrics.ece),
-    }
-    for heading in values:
-        overall.add_column(heading, justify="right")
-    overall.add_row(*values.values())
-    classes = Table()
-    for heading in ("class", "name", "train images", "group", "accuracy", ""):
-        text = heading in ("name", "group", "")
-        classes.add_column(heading, justify="left" if text else "right")
-    for label, accuracy in enumerate(metrics.per_class):
-        classes.add_row(
-            str(label),
-            Text(data.classes[label]),
-            f"{data.counts[label]:,}",
-            measured.groups[label],
-            _percent(accuracy),
-            "█" * round((accuracy or 0) / 4),
-        )
+    overall = [
+        ["all", _percent(metrics.accuracy)],
+        *([group, _percent(value)] for group, value in metrics.groups.items()),
+        ["macro F1", _percent(metrics.macro_f1)],
+        ["G-mean", _percent(metrics.gmean)],
+        ["worst class", _percent(metrics.worst_class)],
+        ["NLL", f"{metrics.nll:.3f}"],
+        ["ECE", _percent(metrics.ece)],
+    ]
+    classes = [
+        ["class", *map(str, range(len(data.classes)))],
+        ["name", *data.classes],
+        ["train images", *(f"{count:,}" for count in data.counts)],
+        ["group", *measured.groups],
+        ["accuracy", *map(_percent, metrics.per_class)],
+        ["", *("█" * round((accuracy or 0) / 4) for accuracy in metrics.per_class)],
+    ]
     legend = f"in %, NLL in nats; groups by {measured.scheme}; ECE over 15 bins"
-    return Group(overall, classes, Text(legend, style="dim"))
+    title = Text(f"{name} · {split}", style="bold")
+    tables = [grid(overall, left=()), Text(), grid(classes, left=(1, 3, 5))]
+    return Group(title, *tables, Text(legend, style="dim"))
 
 
 def _document(recipe: Any, split: str, measured: Any) -> dict[str, Any]:

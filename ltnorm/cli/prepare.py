@@ -40,6 +40,7 @@ def command(
     from ltnorm import recipe as recipes
     from ltnorm.data import prepare as preparing
     from ltnorm.data import report_groups
+    from ltnorm.data.datasets import MissingData
 
     output = Output(quiet=quiet, json=json)
     flags = options.data_flags(dataset, ratio, profile, n_max, val, class_order, data_seed, groups)
@@ -47,9 +48,13 @@ def command(
     overrides = recipes.Overrides(flags, set_ or ())
     [wanted] = recipes.resolve(base, overrides, kinds=["dataset"])
     spec = wanted.dataset
-    if download:
-        output.note(f"looking for {spec.name} in {root}")
-    prepared = preparing.prepare(spec, root, data_dir, download=download, force=force)
+    try:
+        prepared = preparing.prepare(spec, root, data_dir, force=force)
+    except MissingData:
+        if not download:
+            raise
+        output.note(f"downloading {spec.name} into {root}")
+        prepared = preparing.prepare(spec, root, data_dir, download=True, force=force)
     if not prepared.fresh:
         prepared.check()
     scheme, members = report_groups(prepared.counts, wanted.eval.groups)
@@ -62,24 +67,26 @@ def command(
 
 def _table(prepared: Any, scheme: str, groups: list[str]) -> Any:
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=prepared.set_id, title_justify="left", title_style="bold")
-    table.add_column("class", justify="right")
-    table.add_column("name")
-    table.add_column("images", justify="right")
-    table.add_column("group")
-    table.add_column("")
+    from ltnorm.reporting.tables import grid
+
     most = max(prepared.counts)
-    for label, (name, count) in enumerate(zip(prepared.classes, prepared.counts, strict=True)):
-        # At least one mark, so that a class of the tail does not look empty.
-        bar = "█" * max(1, round(_BAR * count / most))
-        table.add_row(str(label), Text(name), f"{count:,}", groups[label], bar)
+    # At least one mark, so that a class of the tail does not look empty.
+    bars = ["█" * max(1, round(_BAR * count / most)) for count in prepared.counts]
+    columns = [
+        ["class", *map(str, range(len(bars)))],
+        ["name", *prepared.classes],
+        ["images", *(f"{count:,}" for count in prepared.counts)],
+        ["group", *groups],
+        ["", *bars],
+    ]
+    table = grid(columns, left=(1, 3, 4))
     sizes = ", ".join(f"{g} {groups.count(g)}" for g in ("head", "medium", "tail"))
     counts = prepared.counts
     total = f"{sum(counts):,} training images, {max(counts):,} to {min(counts):,} a class"
-    return Group(table, Text(f"{total}; classes by {scheme}: {sizes}"))
+    title = Text(prepared.set_id, style="bold")
+    return Group(title, table, Text(f"{total}; classes by {scheme}: {sizes}", style="dim"))
 
 
 def _document(prepared: Any, scheme: str, groups: list[str]) -> dict[str, Any]:

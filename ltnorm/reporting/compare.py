@@ -245,26 +245,26 @@ def _sorted(rows: list[Row], sort: str | None) -> list[Row]:
 
 
 def _titles(groups: Sequence[pd.DataFrame]) -> list[str]:
-    """What each block's rows share, in words, and in which settings it differs from the others."""
+    """What each block's rows share; where that reads alike, the settings that tell blocks apart."""
+    names = [_name(group.iloc[0]) for group in groups]
     flat = [_flatten(json.loads(group.iloc[0]["settings"])) for group in groups]
-    keys = dict.fromkeys(k for settings in flat for k in settings)
-    # The set's id tells the data apart; these are always in the title.
-    shown = {"model.name", "loss.name", "train.epochs", "tag"}
-    differing = [
-        k
-        for k in keys
-        if k not in shown
-        and not k.startswith(("norm.", "dataset."))
-        and len({json.dumps(settings.get(k)) for settings in flat}) > 1
-    ]
     titles = []
-    for group, settings in zip(groups, flat, strict=True):
-        first = group.iloc[0]
-        parts = [first["set_id"], first["model"], first["loss"], f"{first['epochs']} epochs"]
-        parts += [f"tag {first['tag']}"] if first["tag"] else []
-        parts += [f"{k} {_plain(settings.get(k))}" for k in differing]
-        titles.append(" · ".join(parts))
+    for name, settings in zip(names, flat, strict=True):
+        alike = [other for other, n in zip(flat, names, strict=True) if n == name]
+        differing = [
+            key
+            for key in dict.fromkeys(k for other in alike for k in other)
+            if not key.startswith("norm.")
+            and len({json.dumps(other.get(key)) for other in alike}) > 1
+        ]
+        titles.append(" · ".join([name, *(f"{k} {_plain(settings.get(k))}" for k in differing)]))
     return titles
+
+
+def _name(run: pd.Series) -> str:
+    epochs = f"{run['epochs']} epoch{'s' if run['epochs'] > 1 else ''}"
+    parts = [run["set_id"], run["model"], run["loss"], epochs]
+    return " · ".join(parts + ([f"tag {run['tag']}"] if run["tag"] else []))
 
 
 def _flatten(settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ltnorm.reporting.compare import DELTAS, Block, Row
 
+LABEL_WIDTH = 36
 GAP = 2  # between two columns of a table
 COST = ["params", "images", "time"]
 HEADINGS = {
@@ -87,7 +88,7 @@ def table(blocks: Sequence[Block], width: int) -> Group:
         headings, rows = _cells(block)
         columns = [list(column) for column in zip(headings, *rows, strict=True)]
         parts.append(Text(block.title, style="bold"))
-        parts += [_rich_table(part) for part in _fit(columns, width)]
+        parts += [grid(part) for part in _fit(columns, width)]
         parts += [Text(legend(block), style="dim"), Text()]
     return Group(*parts[:-1])
 
@@ -109,14 +110,24 @@ def _fit(columns: list[list[str]], width: int) -> list[list[list[str]]]:
 
 
 def _width(columns: Sequence[Sequence[str]]) -> int:
-    return sum(max(map(len, column)) for column in columns) + GAP * (len(columns) - 1)
+    label, *numbers = (max(map(len, column)) for column in columns)
+    return min(label, LABEL_WIDTH) + sum(numbers) + GAP * (len(columns) - 1)
 
 
-def _rich_table(columns: Sequence[Sequence[str]]) -> Table:
+def grid(columns: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
+    """A table of columns, each led by its heading; those in `left` are text, the others numbers.
+
+    Text may be folded, a number never.
+    """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for i, (heading, *_) in enumerate(columns):
-        # The label may be folded, a number never.
-        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
+        text = i in left
+        table.add_column(
+            heading,
+            justify="left" if text else "right",
+            no_wrap=not text,
+            max_width=LABEL_WIDTH if text else None,
+        )
     for cells in zip(*(column[1:] for column in columns), strict=True):
         table.add_row(*map(Text, cells))
     return table
