@@ -2,18 +2,23 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 # Wide enough that no table wraps when stdout is a file or a pipe.
 _PIPE_WIDTH = 160
+# A longer text is folded, so that the numbers keep their place.
+LABEL_WIDTH = 36
 
 
 def _console(stderr: bool) -> Console:
@@ -111,3 +116,22 @@ class TrainingProgress:
                 f"{self.label}  epoch {epoch}/{self.epochs}  loss {loss:.4f}  lr {lr:.4g}  "
                 f"{images_per_second:,.0f} images/s"
             )
+
+
+def grid(columns: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
+    """A table of columns, each led by its heading; those in `left` are text, the others numbers.
+
+    Text may be folded, a number never.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for i, (heading, *_) in enumerate(columns):
+        text = i in left
+        table.add_column(
+            heading,
+            justify="left" if text else "right",
+            no_wrap=not text,
+            max_width=LABEL_WIDTH if text else None,
+        )
+    for cells in zip(*(column[1:] for column in columns), strict=True):
+        table.add_row(*map(Text, cells))
+    return table

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ltnorm.cli import options
-from ltnorm.console import Output
+from ltnorm.console import Output, grid
 
 
 def command(
@@ -68,8 +68,6 @@ def _percent(value: float | None) -> str:
 def _tables(recipe: Any, data: Any, split: str, measured: Any) -> Any:
     from rich.console import Group
     from rich.text import Text
-
-    from ltnorm.reporting.tables import grid
 
     metrics = measured.metrics
     name = f"{data.set_id} · {recipe.model.name} · {recipe.norm.name} · seed {recipe.seed}"

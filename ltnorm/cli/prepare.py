@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from ltnorm.cli import options
-from ltnorm.console import Output
+from ltnorm.console import Output, grid
 
 _BAR = 32
 
@@ -68,8 +68,6 @@ def command(
 def _table(prepared: Any, scheme: str, groups: list[str]) -> Any:
     from rich.console import Group
     from rich.text import Text
-
-    from ltnorm.reporting.tables import grid
 
     most = max(prepared.counts)
     # At least one mark, so that a class of the tail does not look empty.

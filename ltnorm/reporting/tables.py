@@ -6,14 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
+from ltnorm.console import LABEL_WIDTH, grid
 from ltnorm.reporting.compare import DELTAS, Block, Row
 
-LABEL_WIDTH = 36
 GAP = 2  # between two columns of a table
 COST = ["params", "images", "time"]
 HEADINGS = {
@@ -112,25 +110,6 @@ def _fit(columns: list[list[str]], width: int) -> list[list[list[str]]]:
 def _width(columns: Sequence[Sequence[str]]) -> int:
     label, *numbers = (max(map(len, column)) for column in columns)
     return min(label, LABEL_WIDTH) + sum(numbers) + GAP * (len(columns) - 1)
-
-
-def grid(columns: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
-    """A table of columns, each led by its heading; those in `left` are text, the others numbers.
-
-    Text may be folded, a number never.
-    """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for i, (heading, *_) in enumerate(columns):
-        text = i in left
-        table.add_column(
-            heading,
-            justify="left" if text else "right",
-            no_wrap=not text,
-            max_width=LABEL_WIDTH if text else None,
-        )
-    for cells in zip(*(column[1:] for column in columns), strict=True):
-        table.add_row(*map(Text, cells))
-    return table
 
 
 def markdown(blocks: Sequence[Block]) -> str:
