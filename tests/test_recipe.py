@@ -201,3 +201,14 @@ def test_a_resolved_recipe_repeats_itself(lr, epochs, norm, ratio, seed):
 
 def test_a_recipe_names_no_paths():
     assert "/" not in validate({}).to_yaml()
+
+
+def test_every_flag_sets_a_key_that_exists():
+    from ltnorm.cli.options import RECIPE_FLAGS
+
+    data = validate({}).model_dump()
+    for path in RECIPE_FLAGS.values():
+        node = data
+        for part in path.split("."):
+            assert part in node, path
+            node = node[part]

@@ -1,5 +1,6 @@
 """Flags that mean the same in every command, and the recipes that they make."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,26 @@ Force = Annotated[bool, typer.Option("--force", help="Do it again if it is done.
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the result.")]
 
+# A command's parameter -> the key of the recipe that it sets.
+RECIPE_FLAGS = {
+    "dataset": "dataset.name",
+    "ratio": "dataset.ratio",
+    "profile": "dataset.profile",
+    "n_max": "dataset.n_max",
+    "val": "dataset.val",
+    "class_order": "dataset.class_order",
+    "data_seed": "dataset.data_seed",
+    "groups": "eval.groups",
+    "eval_split": "eval.split",
+    "model": "model.name",
+    "loss": "loss.name",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "lr": "train.lr",
+    "precision": "train.precision",
+    "tag": "tag",
+    "device": "device",
+}
 ROOT, DATA_DIR, OUT = Path("data/raw"), Path("data"), Path("results")
 
 
@@ -63,34 +84,13 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def data_flags(
-    dataset: str | None,
-    ratio: float | None,
-    profile: str | None,
-    n_max: int | None,
-    val: int | None,
-    class_order: str | None,
-    data_seed: int | None,
-    groups: str | None,
-) -> dict[str, Any]:
-    """The flags that say which images, and in which groups, by their path in the recipe."""
-    return given(
-        {
-            "dataset.name": dataset,
-            "dataset.ratio": ratio,
-            "dataset.profile": profile,
-            "dataset.n_max": n_max,
-            "dataset.val": val,
-            "dataset.class_order": class_order,
-            "dataset.data_seed": data_seed,
-            "eval.groups": groups,
-        }
-    )
-
-
-def given(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that were given."""
-    return {key: value for key, value in flags.items() if value is not None}
+def recipe_flags(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a command that were given, by their dotted path in the recipe."""
+    return {
+        path: parameters[name]
+        for name, path in RECIPE_FLAGS.items()
+        if parameters.get(name) is not None
+    }
 
 
 def default_recipe(dataset: str | None) -> str:

@@ -11,6 +11,7 @@ _BAR = 32
 
 
 def command(
+    context: typer.Context,
     dataset: options.Dataset = None,
     ratio: options.Ratio = None,
     profile: options.Profile = None,
@@ -43,9 +44,8 @@ def command(
     from ltnorm.data.datasets import MissingData
 
     output = Output(quiet=quiet, json=json)
-    flags = options.data_flags(dataset, ratio, profile, n_max, val, class_order, data_seed, groups)
     base = recipes.read(recipe or options.default_recipe(dataset))
-    overrides = recipes.Overrides(flags, set_ or ())
+    overrides = recipes.Overrides(options.recipe_flags(context.params), set_ or ())
     [wanted] = recipes.resolve(base, overrides, kinds=["dataset"])
     spec = wanted.dataset
     try:

@@ -29,6 +29,7 @@ class _Terminated(Exception):
 
 
 def command(
+    context: typer.Context,
     norm: Annotated[
         list[str] | None,
         typer.Option("--norm", help="Norm, may be repeated; see `ltnorm list norms`."),
@@ -85,24 +86,9 @@ def command(
     from ltnorm.reporting import schema
 
     output = Output(quiet=quiet, json=json)
-    flags = options.data_flags(
-        dataset, ratio, profile, n_max, val, class_order, data_seed, groups
-    ) | options.given(
-        {
-            "model.name": model,
-            "loss.name": loss,
-            "train.epochs": epochs,
-            "train.batch_size": batch_size,
-            "train.lr": lr,
-            "train.precision": precision,
-            "eval.split": eval_split,
-            "tag": tag,
-            "device": device,
-        }
-    )
     base = recipes.read(recipe or options.default_recipe(dataset))
     overrides = recipes.Overrides(
-        flags=flags,
+        flags=options.recipe_flags(context.params),
         sets=set_ or (),
         norms=norm or (),
         seeds=[*(seed or []), *(options.parse_seeds(seeds) if seeds is not None else [])],
