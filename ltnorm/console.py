@@ -22,9 +22,10 @@ LABEL_WIDTH = 36
 
 
 def _console(stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False)
+    # Paths and names are printed as they are: `:cat:` is no emoji.
+    console = Console(stderr=stderr, highlight=False, emoji=False)
     if not console.is_terminal:
-        console = Console(stderr=stderr, highlight=False, width=_PIPE_WIDTH)
+        console = Console(stderr=stderr, highlight=False, emoji=False, width=_PIPE_WIDTH)
     return console
 
 
@@ -44,7 +45,7 @@ class Output:
 
     def raw(self, text: str) -> None:
         """Text for programs, on stdout, as it is."""
-        self.out.print(text, markup=False, soft_wrap=True, end="" if text.endswith("\n") else "\n")
+        self.out.file.write(text if text.endswith("\n") else f"{text}\n")
 
     def document(self, value: Any) -> None:
         """The one JSON document of a command, on stdout."""
@@ -95,7 +96,7 @@ class TrainingProgress:
         live: bool,
     ) -> None:
         self.output, self.progress, self.label = output, progress, label
-        self.epochs, self.live = epochs, live
+        self.epochs, self.batches, self.live = epochs, batches, live
         self.task = progress.add_task(label, total=epochs * batches, state="")
         self.shown = 0.0
 
@@ -111,7 +112,9 @@ class TrainingProgress:
 
     def epoch(self, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
         """An epoch is over."""
-        if not self.live:
+        if self.live:
+            self.step(epoch * self.batches, epoch, loss, images_per_second)
+        else:
             self.output.note(
                 f"{self.label}  epoch {epoch}/{self.epochs}  loss {loss:.4f}  lr {lr:.4g}  "
                 f"{images_per_second:,.0f} images/s"
@@ -130,6 +133,7 @@ def grid(columns: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
             heading,
             justify="left" if text else "right",
             no_wrap=not text,
+            overflow="fold",
             max_width=LABEL_WIDTH if text else None,
         )
     for cells in zip(*(column[1:] for column in columns), strict=True):

@@ -130,7 +130,7 @@ class Recipe(Section):
     eval: Evaluation = Evaluation()
     tag: Tag | None = None
     seed: RandomSeed = 0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:(0|[1-9]\d?))?)$")] = "auto"
 
     def settings(self) -> dict[str, Any]:
         """What identifies the experiment: all but the seed, the device and how often it looks."""
@@ -138,7 +138,7 @@ class Recipe(Section):
         return self.model_dump(mode="json", exclude=apart)
 
     def fingerprint(self) -> str:
-        """A hash of `settings()`: runs with the same one differ only by seed."""
+        """A hash of `settings()`: runs with the same one differ by seed alone."""
         canonical = json.dumps(self.settings(), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -180,6 +180,8 @@ def _validate(
     if recipe and recipe.eval.split == "val" and recipe.dataset.val == 0:
         text = "'val' needs held-out images: set dataset.val (--val N) above 0"
         mistakes.append(Mistake("eval.split", text))
+    if recipe and recipe.train.nesterov and recipe.train.momentum == 0:
+        mistakes.append(Mistake("train.nesterov", "needs train.momentum above 0"))
     return recipe if len(mistakes) == before else None
 
 
@@ -293,7 +295,8 @@ def resolve(
     recipes: list[Recipe | None] = []
     for norm in known or ["bn"]:
         data = _merge(base, norm, overrides.flags, sets)
-        for seed in dict.fromkeys(seeds or [data.get("seed", 0)]):
+        wanted = seeds or [data.get("seed", 0)]
+        for seed in (s for i, s in enumerate(wanted) if s not in wanted[:i]):
             recipes.append(_validate(data | {"seed": seed}, mistakes, kinds))
     if mistakes:
         raise _report(list(dict.fromkeys(mistakes)))
@@ -365,7 +368,7 @@ def _check_norm_options(
 
 
 def _put(data: dict[str, Any], path: str, value: Any) -> None:
-    """Set a dotted path; renaming a section's entry drops the options of the old entry."""
+    """Set a dotted path; naming another entry of a section drops the options of the old one."""
     *parents, last = path.split(".")
     node = data
     for parent in parents:
@@ -374,7 +377,7 @@ def _put(data: dict[str, Any], path: str, value: Any) -> None:
             raise UsageError(f"{path}: '{parent}' is not a section", "see `ltnorm list recipes`")
         node = child
     section = parents[0] if parents else ""
-    if last == "name" and section in registry.TABLES and node.get("name") != value:
+    if last == "name" and section in registry.TABLES and node.get("name", value) != value:
         for key in set(node) - _common_fields(section):
             del node[key]
     node[last] = value

@@ -86,6 +86,50 @@ def test_two_settings_give_two_rows(ltnorm):
     assert [r["label"] for r in rows] == ["compound", "compound (dual_path=false)"]
 
 
+def test_a_bare_command_prints_help(ltnorm):
+    shown = ltnorm("")
+    assert shown.code == 0
+    assert "compare" in shown.out
+
+
+def test_the_default_recipe_follows_the_data_set_however_it_is_named(failing):
+    for way in ("--dataset cifar10", "--set dataset.name=cifar10"):
+        assert "cifar10 is not there" in failing(f"train {way} --quiet", code=2)
+    from ltnorm.cli.options import default_recipe
+
+    assert default_recipe(None, ["dataset.name=cifar10"]) == "cifar10-lt"
+
+
+def test_an_output_that_knows_no_delta(ltnorm, tmp_path):
+    ltnorm(TINY_BN)
+    done = subprocess.run(
+        [sys.executable, "-m", "ltnorm", "compare"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"bn" in done.stdout
+
+
+def test_files_that_cannot_be_read(failing, ltnorm, tmp_path, monkeypatch):
+    ltnorm("prepare --recipe tiny.yaml")
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("ltnorm.data.prepare._sha256", denied)
+    text = failing("prepare --recipe tiny.yaml --quiet", code=1)
+    assert "Permission denied" in text
+    assert "images.npy" in text
+
+
+def test_a_run_kept_without_its_checkpoint(failing, ltnorm, tmp_path):
+    ltnorm(TINY_BN)
+    (tmp_path / BN_RUN / "checkpoint.pt").unlink()
+    assert "without its checkpoint" in failing(f"eval {BN_RUN}", code=3)
+
+
 def test_the_recipe_of_a_run_repeats_it(ltnorm):
     ltnorm("train --recipe tiny.yaml --norm compound --seed 5 --set norm.components=3")
     path = "results/synthetic-exp10/resnet8-compound-ce/seed5"
@@ -278,9 +322,12 @@ def test_a_baseline_that_is_not_there(failing, ltnorm):
 
 
 def test_odd_places(failing, ltnorm, tmp_path):
-    answer = ltnorm("train --recipe tiny.yaml --norm bn --out", "a[red] [/b] c")
-    assert answer.code == 0
-    assert "a[red] [/b] c/synthetic-exp10/resnet8-bn-ce/seed0" in answer.out
+    for place in ("a[red] [/b] c", "r:cat:"):
+        answer = ltnorm("train --recipe tiny.yaml --norm bn --out", place)
+        assert answer.code == 0
+        assert f"{place}/synthetic-exp10/resnet8-bn-ce/seed0" in answer.out
+    assert '"r:cat:/' in ltnorm("train --recipe tiny.yaml --norm bn --json --out", "r:cat:").out
+    assert failing(TINY_BN, "--out", "x" * 300, code=2)
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "synthetic-exp10").write_text("a file")
     answer = ltnorm(f"{TINY_BN} --out blocked")
@@ -306,7 +353,7 @@ def test_a_failed_repetition_keeps_the_old_result(ltnorm, tmp_path, monkeypatch)
     monkeypatch.setattr(running, "fit", interrupted)
     answer = ltnorm(f"{TINY_BN} --force")
     assert answer.code == 130
-    assert "without --force" in answer.err
+    assert "without it, earlier results are kept" in answer.err
     assert schema.read_result(tmp_path / BN_RUN / "result.csv")
 
 
@@ -331,7 +378,7 @@ def test_a_full_disk_in_the_middle_keeps_finished_runs(failing, ltnorm, tmp_path
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(running.checkpoint, "save", full)
+    monkeypatch.setattr(running.checkpoint, "write_bytes", full)
     text = failing("train --recipe tiny.yaml --norm gn --quiet", code=1)
     assert "No space left" in text
     assert (tmp_path / BN_RUN / "result.csv").exists()

@@ -127,6 +127,12 @@ def test_blocks_share_everything_but_the_norm():
     assert any("synthetic-exp10 " in title for title in titles)
 
 
+def test_a_tag_shows_in_its_own_block_alone():
+    blocks = compare([result(), result(tag="t1", flags={"tag": "t1"})])
+    assert sorted("tag" in block.title for block in blocks) == [False, True]
+    assert not any("nan" in block.title for block in blocks)
+
+
 def test_an_empty_group_stays_empty():
     [block] = compare([result(tail=None, seed=s) for s in range(2)])
     assert block.rows[0].mean["tail"] is None

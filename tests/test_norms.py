@@ -421,6 +421,18 @@ def test_statistics_are_float32_under_low_precision(assign, dtype):
     torch.testing.assert_close(y.float(), exact, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("name", ["compound", "split"])
+@pytest.mark.parametrize("module", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_any_float_type_of_module_and_input(name, module, dtype):
+    layer = norm_layer(name)(4).to(module)
+    x = images(6, 4, 3, 3).to(dtype)
+    with route(layer, torch.tensor([0, 1, 0, 1, 0, 1])):
+        y = layer(x)
+    assert y.dtype == layer.eval()(x).dtype == dtype
+    torch.testing.assert_close(y.mean((0, 2, 3)).float(), torch.zeros(4), atol=0.2, rtol=0)
+
+
 @pytest.mark.parametrize("assign", ["image", "position"])
 def test_compiles_as_one_graph(assign):
     torch._dynamo.reset()

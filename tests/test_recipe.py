@@ -75,6 +75,17 @@ def test_a_new_name_drops_the_options_of_the_old_one():
     assert by_set.norm.name == "gn"
 
 
+def test_options_of_a_section_without_a_name_are_not_lost():
+    base = {"norm": {"components": 3}, "dataset": {"classes": 6}}
+    [recipe] = resolve(base, Overrides({"dataset.name": "synthetic"}, norms=["compound"]))
+    assert recipe.norm.options["components"] == 3
+    assert recipe.dataset.options["classes"] == 6
+    with pytest.raises(UsageError, match="clases"):
+        resolve({"dataset": {"clases": 6}}, Overrides({"dataset.name": "synthetic"}))
+    with pytest.raises(UsageError, match=r"norm\.components"):
+        resolve(base, Overrides())
+
+
 def test_yaml_numbers_in_scientific_notation_are_numbers():
     data = yaml.safe_load("train: {weight_decay: 2e-4, lr: 1e-1}")
     assert data["train"]["weight_decay"] == "2e-4"
@@ -114,6 +125,9 @@ def test_all_mistakes_are_told_at_once_with_their_paths():
         ({"norm": {"name": "compound", "dual_path": False, "consistency": 1}}, "norm.consistency"),
         ({"norm": {"name": "compound", "temperature": float("inf")}}, "norm.temperature"),
         ({"train": {"batch_size": 1}}, "train.batch_size"),
+        ({"train": {"nesterov": True, "momentum": 0}}, "train.nesterov"),
+        ({"device": "cuda:01"}, "device"),
+        ({"seed": [1, 2]}, "seed"),
         ({"optimizer": {}}, "optimizer"),
     ],
 )

@@ -4,6 +4,7 @@ Commands import what they need when they run, so that `--help`, `list`, `prepare
 never load torch.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 success, 1 the run failed, 2 usage, 3 nothing found, 130 Ctrl-C, 143 SIGTERM. An expected
     failure prints one `error:` and one `hint:` line; LTNORM_DEBUG=1 adds the traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every terminal can show a delta
+            stream.reconfigure(errors="replace")
     try:
         arguments = sys.argv[1:] if arguments is None else list(arguments)
         code = app(args=arguments, prog_name="ltnorm", standalone_mode=False)
@@ -66,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of a pipe has gone, `| head` say. Nothing more can be said on stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or str(error)
+        return _fail(what + reason, "check that the files can be read and the folders written", 1)
     except MemoryError:
         return _fail("out of memory", "try a smaller --batch-size or --model", 1)
     except Exception as error:
@@ -73,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(error, "format_message"):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())
             return 0
         message = error.format_message().rstrip(".")
         return _fail(message[:1].lower() + message[1:], _usage_hint(error), 2)

@@ -1,6 +1,6 @@
 """Flags that mean the same in every command, and the recipes that they make."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,8 +93,10 @@ def recipe_flags(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def default_recipe(dataset: str | None) -> str:
-    """The recipe that training starts from when none is named."""
+def default_recipe(dataset: str | None, sets: Sequence[str]) -> str:
+    """The recipe that training starts from when none is named: that of the data set."""
     from ltnorm import registry
 
+    named = [item.partition("=")[2] for item in sets if item.startswith("dataset.name=")]
+    dataset = named[-1] if named else dataset
     return registry.lookup("dataset", dataset or "synthetic").recipe

@@ -7,7 +7,8 @@ import typer
 from ltnorm.cli import options
 from ltnorm.console import Output, grid
 
-_BAR = 32
+# The bar of the largest class, and what stands beside it.
+_BAR, _BESIDE = 32, 48
 
 
 def command(
@@ -44,9 +45,9 @@ def command(
     from ltnorm.data.datasets import MissingData
 
     output = Output(quiet=quiet, json=json)
-    base = recipes.read(recipe or options.default_recipe(dataset))
+    base = recipes.read(recipe or options.default_recipe(dataset, set_ or ()))
     overrides = recipes.Overrides(options.recipe_flags(context.params), set_ or ())
-    [wanted] = recipes.resolve(base, overrides, kinds=["dataset"])
+    wanted = recipes.resolve(base, overrides, kinds=["dataset"])[0]
     spec = wanted.dataset
     try:
         prepared = preparing.prepare(spec, root, data_dir, force=force)
@@ -58,20 +59,21 @@ def command(
     if not prepared.fresh:
         prepared.check()
     scheme, members = report_groups(prepared.counts, wanted.eval.groups)
-    output.product(_table(prepared, scheme, members))
+    output.product(_table(prepared, scheme, members, output.out.width))
     done = "written to" if prepared.fresh else "is up to date in"
     train, test = sum(prepared.counts), "and the whole test set"
     output.note(f"{prepared.set_id}: {train:,} training images {test}, {done} {prepared.path}")
     output.document(_document(prepared, scheme, members))
 
 
-def _table(prepared: Any, scheme: str, groups: list[str]) -> Any:
+def _table(prepared: Any, scheme: str, groups: list[str], width: int) -> Any:
     from rich.console import Group
     from rich.text import Text
 
     most = max(prepared.counts)
     # At least one mark, so that a class of the tail does not look empty.
-    bars = ["█" * max(1, round(_BAR * count / most)) for count in prepared.counts]
+    longest = max(_BAR // 4, min(_BAR, width - _BESIDE))
+    bars = ["█" * max(1, round(longest * count / most)) for count in prepared.counts]
     columns = [
         ["class", *map(str, range(len(bars)))],
         ["name", *prepared.classes],

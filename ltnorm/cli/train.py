@@ -16,11 +16,12 @@ class Interrupted(LtnormError):
     """The user or the system stopped the command."""
 
     def __init__(self, exit_code: int, done: int, planned: int, force: bool) -> None:
-        again = "type the same command again"
-        super().__init__(
-            f"interrupted, {done} of {planned} runs finished",
-            f"{again}{' without --force' if force else ''}: finished runs are kept and skipped",
-        )
+        again = "type the same command again: finished runs are kept and skipped"
+        if force:
+            again = (
+                "with --force the same command repeats all; without it, earlier results are kept"
+            )
+        super().__init__(f"interrupted, {done} of {planned} runs finished", again)
         self.exit_code = exit_code
 
 
@@ -86,7 +87,7 @@ def command(
     from ltnorm.reporting import schema
 
     output = Output(quiet=quiet, json=json)
-    base = recipes.read(recipe or options.default_recipe(dataset))
+    base = recipes.read(recipe or options.default_recipe(dataset, set_ or ()))
     overrides = recipes.Overrides(
         flags=options.recipe_flags(context.params),
         sets=set_ or (),

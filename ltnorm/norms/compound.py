@@ -167,11 +167,15 @@ class CompoundBatchNorm2d(RoutedNorm):
         """
         if self.training:
             return x[0].detach().mean(dim=(1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
-        return self.mixing_weight @ self.running_mean
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return self.mixing_weight.to(dtype) @ self.running_mean.to(dtype)
 
     def _running(self, shift: Tensor) -> Mixture:
         """The running mixture, with means relative to `shift`."""
-        return Mixture(self.mixing_weight, self.running_mean - shift, self.running_var)
+        weight, mean, var = (
+            b.to(shift.dtype) for b in (self.mixing_weight, self.running_mean, self.running_var)
+        )
+        return Mixture(weight, mean - shift, var)
 
     def _start(self, mixture: Mixture, first: Tensor, second: Tensor) -> Mixture:
         """Before the first batch the components start at the class groups, or spread out.
@@ -299,8 +303,8 @@ class CompoundBatchNorm2d(RoutedNorm):
 
     def _normalize(self, x: Tensor, r: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """One affine map an image (or position) and channel: x * (R A) + R B."""
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        offset = self.bias - mean * scale
+        scale = self.weight.to(var.dtype) * torch.rsqrt(var + self.eps)
+        offset = self.bias.to(var.dtype) - mean * scale
         if r.dim() == 2:
             return x * (r @ scale)[:, :, None, None] + (r @ offset)[:, :, None, None]
         by_position = r.transpose(1, 2)

@@ -83,5 +83,5 @@ class SplitBatchNorm2d(CompoundBatchNorm2d):
         tau = tau / tau.sum()
         mean = tau @ mixture.mean
         var = tau @ (mixture.var + (mixture.mean - mean).square())
-        weight, bias = self.weight[0], self.bias[0]
+        weight, bias = self.weight[0].to(var.dtype), self.bias[0].to(var.dtype)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=self.eps)

@@ -264,7 +264,7 @@ def _titles(groups: Sequence[pd.DataFrame]) -> list[str]:
 def _name(run: pd.Series) -> str:
     epochs = f"{run['epochs']} epoch{'s' if run['epochs'] > 1 else ''}"
     parts = [run["set_id"], run["model"], run["loss"], epochs]
-    return " · ".join(parts + ([f"tag {run['tag']}"] if run["tag"] else []))
+    return " · ".join(parts + ([f"tag {run['tag']}"] if isinstance(run["tag"], str) else []))
 
 
 def _flatten(settings: dict[str, Any]) -> dict[str, Any]:

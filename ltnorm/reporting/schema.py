@@ -86,7 +86,7 @@ METRICS = ("all", "head", "medium", "tail", "macro_f1", "gmean", "worst_class", 
 
 
 def settings_json(recipe: Recipe) -> str:
-    """The recipe without seed and device as one JSON cell."""
+    """What identifies the experiment (see `Recipe.settings`) as one JSON cell."""
     return json.dumps(recipe.settings(), sort_keys=True)
 
 
@@ -104,9 +104,9 @@ def check_out(out: Path) -> None:
         UsageError: it is a file, or not writable.
     """
     hint = "choose another folder with --out DIR"
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file, not a folder", hint)
     try:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out} is a file, not a folder", hint)
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".probe.{os.getpid()}"
         probe.touch()

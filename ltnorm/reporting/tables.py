@@ -72,8 +72,9 @@ def legend(block: Block) -> str:
         against += "; the rows have different seeds"
     if len(block.devices) > 1:
         against += f"; trained on {', '.join(block.devices)}"
+    unit = "in %, NLL in nats" if "nll" in block.metrics else "in %"
     return (
-        f"{block.eval_split} accuracy in %, {spread}, last epoch. head / medium / tail: mean over "
+        f"{block.eval_split} set, {unit}, {spread}, last epoch. head / medium / tail: mean over "
         f"{head} / {medium} / {tail} classes ({block.group_scheme}). {against}. "
         "images: training images through the network; time: training of one run."
     )

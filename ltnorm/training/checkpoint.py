@@ -1,6 +1,6 @@
 """Checkpoints: what is needed to evaluate a trained model, and nothing that can run code."""
 
-import os
+import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import yaml
 
 from ltnorm.errors import LtnormError, NothingFound
 from ltnorm.recipe import Recipe, validate
+from ltnorm.reporting.schema import RESULT, write_bytes
 
 FORMAT = 1
 NAME = "checkpoint.pt"
@@ -48,13 +49,14 @@ def _foreign(why: str) -> LtnormError:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(asdict(checkpoint), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a checkpoint whole or not at all.
+
+    Raises:
+        OSError: it cannot be written (torch's own writer would say so in other ways).
+    """
+    content = io.BytesIO()
+    torch.save(asdict(checkpoint), content)
+    write_bytes(path, content.getvalue())
 
 
 def load(path: Path) -> Checkpoint:
@@ -68,9 +70,10 @@ def load(path: Path) -> Checkpoint:
     if path.is_dir():
         path = path / NAME
     if not path.is_file():
-        raise NothingFound(
-            f"no checkpoint at {path}", "name a run's directory, as `ltnorm train` prints it"
-        )
+        hint = "name a run's directory, as `ltnorm train` prints it"
+        if (path.parent / RESULT).is_file():
+            hint = "this run is kept without its checkpoint; `ltnorm train --recipe` repeats it"
+        raise NothingFound(f"no checkpoint at {path}", hint)
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file

@@ -3,8 +3,6 @@
 A norm names its objective in the registry; keyword-only parameters become options of the norm.
 """
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from ltnorm.norms import route
@@ -42,9 +40,3 @@ class RoutedPath(SinglePath):
         """images [N, 3, H, W], labels int64 [N] -> scalar."""
         with route(self.model, self.class_group[labels]):
             return super().forward(images, labels)
-
-
-def own_parameters(objective: SinglePath) -> list[Any]:
-    """Parameters that serve training only and are not the model's (a projector, say)."""
-    model = {id(p) for p in objective.model.parameters()}
-    return [p for p in objective.parameters() if id(p) not in model]
