@@ -48,6 +48,38 @@ def test_the_cosine_schedule_starts_at_lr_and_falls_towards_zero():
     assert 0 < rates[-1] < 0.01
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"nesterov": True}, {"weight_decay": 0.0}, {"momentum": 0.0}, {"weight_decay": 0.1}],
+)
+def test_sgd_is_torchs_bit_for_bit(settings):
+    train = Train(**settings)
+    generator = torch.Generator().manual_seed(0)
+    ours = [nn.Parameter(torch.randn(4, 3, generator=generator)) for _ in range(3)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    optimizer = optim.SGD(train, ours)
+    reference = torch.optim.SGD(
+        theirs,
+        train.lr,
+        momentum=train.momentum,
+        nesterov=train.nesterov,
+        weight_decay=train.weight_decay,
+    )
+    for step in range(5):
+        optimizer.lr = reference.param_groups[0]["lr"] = 0.1 / (step + 1)
+        optimizer.zero_grad()
+        reference.zero_grad()
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            if i == 2 and step < 2:
+                continue  # no gradient yet
+            p.grad = torch.randn(4, 3, generator=generator)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+
+
 def test_warm_up_can_be_left_out():
     train = Train(epochs=10, warmup_epochs=0)
     assert [optim.learning_rate(train, e) for e in (1, 8, 9, 10)] == pytest.approx(

@@ -54,22 +54,19 @@ def fit(
     Raises:
         LtnormError: the loss became infinite or NaN.
     """
-    optimizer = optim.build(train, objective.parameters())
-    # Without gradients this does nothing but load what torch loads lazily, for seconds.
-    optimizer.step()
+    optimizer = optim.SGD(train, objective.parameters())
     bf16 = train.precision == "bf16"
     epochs = []
     for epoch in range(1, train.epochs + 1):
         objective.train()
         lr = optim.learning_rate(train, epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.lr = lr
         losses: list[Tensor] = []
         start, images_done = time.perf_counter(), 0
         for images, labels in loader.epoch(epoch):
             with torch.autocast(loader.device.type, torch.bfloat16, enabled=bf16):
                 loss = objective(images, labels)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
