@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ltnorm import registry
+from ltnorm.data.datasets import Source
 from ltnorm.data.longtail import choose, report_groups
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.recipe import Dataset
@@ -164,6 +165,22 @@ def prepare(
     source = registry.load(registry.lookup("dataset", spec.name).target)(
         root, download, **spec.options
     )
+    arrays, manifest = _cut(spec, source)
+    path = data_dir / set_id(spec)
+    try:
+        _write(path, arrays, manifest, overwrite=force)
+    except OSError as error:
+        raise LtnormError(
+            f"cannot write the prepared set to {data_dir}: {error.strerror or error}",
+            "choose a writable folder with --data-dir DIR",
+        ) from error
+    made = find(spec, data_dir)
+    assert made is not None
+    return replace(made, fresh=True)
+
+
+def _cut(spec: Dataset, source: Source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the manifest of the long-tailed set that `spec` asks for."""
     subset = choose(
         source.train_labels,
         len(source.classes),
@@ -200,17 +217,7 @@ def prepare(
         "source_md5": source.checksums,
         "index_sha256": hashlib.sha256(indices.tobytes()).hexdigest(),
     }
-    path = data_dir / set_id(spec)
-    try:
-        _write(path, arrays, manifest, overwrite=force)
-    except OSError as error:
-        raise LtnormError(
-            f"cannot write the prepared set to {data_dir}: {error.strerror or error}",
-            "choose a writable folder with --data-dir DIR",
-        ) from error
-    made = find(spec, data_dir)
-    assert made is not None
-    return replace(made, fresh=True)
+    return arrays, manifest
 
 
 def _write(
