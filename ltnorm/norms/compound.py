@@ -183,7 +183,6 @@ class CompoundBatchNorm2d(RoutedNorm):
         With a route, component k starts at the moments of class group k in this batch (at the
         batch's own if the group is empty); without one at mean + spread_k * std.
         """
-        first, second = first.detach(), second.detach()
         mean, var = first.mean(0), second.mean(0) - first.mean(0).square()
         start_mean = mean + self.spread.to(mean.dtype) * var.clamp_min(0).sqrt()
         start_var = var.expand_as(start_mean)

@@ -36,13 +36,11 @@ def concrete(recipe: Recipe) -> tuple[Recipe, str]:
 
 def build_model(recipe: Recipe, num_classes: int, image_size: int) -> nn.Module:
     """The recipe's model, initialised from its seed: the same weights whatever the norm."""
-    entry = registry.lookup("norm", recipe.norm.name)
-    options = registry.own_options(entry.target, recipe.norm.options)
     torch.manual_seed(recipe.seed)
     return models.build(
         recipe.model.name,
         num_classes,
-        norm_layer(recipe.norm.name, **options),
+        norm_layer(recipe.norm.name, **recipe.norm.options),
         image_size=image_size,
         **recipe.model.options,
     )
