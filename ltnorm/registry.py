@@ -43,20 +43,20 @@ _SPLIT_PATH = "ltnorm.training.objective:RoutedPath"
 _DUAL_PATH = "ltnorm.training.dual:DualPath"
 
 NORMS = {
-    "bn": Entry("ltnorm.norms.batch:BatchNorm2d", "batch normalization, the baseline", _BN),
+    "bn": Entry("ltnorm.norms.batch:BatchNorm", "batch normalization, the baseline", _BN),
     "gn": Entry(
         "ltnorm.norms.group:GroupNorm",
         "group normalization; no statistics shared between images",
         "Wu & He 2018, arXiv 1803.08494",
     ),
     "split": Entry(
-        "ltnorm.norms.split:SplitBatchNorm2d",
+        "ltnorm.norms.split:SplitBatchNorm",
         "batch normalization with statistics of its own for each class group",
         _CBN,
         objective=_SPLIT_PATH,
     ),
     "compound": Entry(
-        "ltnorm.norms.compound:CompoundBatchNorm2d",
+        "ltnorm.norms.compound:CompoundBatchNorm",
         "normalization by a Gaussian mixture, fitted by moving-average EM, dual-path training",
         _CBN,
         objective=_DUAL_PATH,

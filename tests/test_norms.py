@@ -12,9 +12,9 @@ from torch import nn
 
 from ltnorm import registry
 from ltnorm.norms import norm_layer, route
-from ltnorm.norms.compound import CompoundBatchNorm2d
+from ltnorm.norms.compound import CompoundBatchNorm
 from ltnorm.norms.group import GroupNorm
-from ltnorm.norms.split import SplitBatchNorm2d
+from ltnorm.norms.split import SplitBatchNorm
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -31,10 +31,10 @@ def images(*shape, offset=0.0, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize(
     "layer",
     [
-        CompoundBatchNorm2d(6, components=1),
-        CompoundBatchNorm2d(6, components=1, assign="position"),
-        CompoundBatchNorm2d(6, components=1, affine="shared", momentum=0.3),
-        SplitBatchNorm2d(6, components=1),
+        CompoundBatchNorm(6, components=1),
+        CompoundBatchNorm(6, components=1, assign="position"),
+        CompoundBatchNorm(6, components=1, affine="shared", momentum=0.3),
+        SplitBatchNorm(6, components=1),
     ],
 )
 def test_one_component_is_batch_norm(layer, offset, layout):
@@ -136,7 +136,7 @@ def reference_step(layer, x, groups=None):
 def test_a_training_step_is_the_equations(
     n, c, size, components, assign, affine, temperature, pseudo_count, routed, seed
 ):
-    layer = CompoundBatchNorm2d(
+    layer = CompoundBatchNorm(
         c,
         components=components,
         assign=assign,
@@ -175,7 +175,7 @@ def test_a_training_step_is_the_equations(
 @pytest.mark.parametrize("components", [1, 3])
 def test_gradcheck(components):
     """With every image routed r is constant, so finite differences see the whole gradient."""
-    layer = CompoundBatchNorm2d(3, components=components).double()
+    layer = CompoundBatchNorm(3, components=components).double()
     layer(images(8, 3, 2, 2, dtype=torch.float64))
     groups = torch.tensor([0, 1 % components, 2 % components, 0])
 
@@ -198,7 +198,7 @@ def test_em_recovers_a_known_mixture():
         k = rng.choice(3, size=count, p=weights)
         return means[k] + deviations[k] * rng.normal(size=(count, 2))
 
-    layer = CompoundBatchNorm2d(
+    layer = CompoundBatchNorm(
         2,
         components=3,
         assign="position",
@@ -226,7 +226,7 @@ def test_em_recovers_a_known_mixture():
 
 @pytest.mark.parametrize("assign", ["image", "position"])
 def test_components_without_a_route_do_not_stay_equal(assign):
-    layer = CompoundBatchNorm2d(4, components=3, assign=assign)
+    layer = CompoundBatchNorm(4, components=3, assign=assign)
     for step in range(20):
         layer(images(32, 4, 4, 4, seed=step))
     distances = torch.pdist(layer.running_mean)
@@ -270,7 +270,7 @@ def test_evaluation_does_not_depend_on_the_batch_or_a_route(name, options):
 @pytest.mark.parametrize("assign", ["image", "position"])
 @pytest.mark.parametrize("pseudo_count", [None, 0.0])
 def test_empty_groups_and_components_give_no_nan(assign, pseudo_count):
-    layer = CompoundBatchNorm2d(4, components=4, assign=assign, pseudo_count=pseudo_count)
+    layer = CompoundBatchNorm(4, components=4, assign=assign, pseudo_count=pseudo_count)
     for step, groups in enumerate([[0] * 8, [1, 1, 1, 1, 0, 0, 0, 0], [3] * 8, [-1] * 8]):
         x = images(8, 4, 3, 3, seed=step).requires_grad_()
         with route(layer, torch.tensor(groups)):
@@ -298,7 +298,7 @@ def test_evaluation_holds_responsibilities_constant(assign):
 
 
 def test_an_empty_group_uses_its_running_moments():
-    layer = SplitBatchNorm2d(3, components=2)
+    layer = SplitBatchNorm(3, components=2)
     for step in range(30):
         with route(layer, torch.tensor([0] * 6 + [1] * 2)):
             x = images(8, 3, 4, 4, seed=step)
@@ -312,7 +312,7 @@ def test_an_empty_group_uses_its_running_moments():
 
 
 def test_split_normalizes_each_group_by_itself():
-    layer = SplitBatchNorm2d(3, components=2, pseudo_count=0)
+    layer = SplitBatchNorm(3, components=2, pseudo_count=0)
     x = images(12, 3, 4, 4)
     x[6:] = 5 * x[6:] + 40
     with route(layer, torch.tensor([0] * 6 + [1] * 6)):
@@ -326,7 +326,7 @@ def test_split_normalizes_each_group_by_itself():
 
 def test_split_pooled_evaluation_is_the_law_of_total_variance():
     """With momentum 1 the running moments are those of the batch, so pooled is plain BatchNorm."""
-    layer = SplitBatchNorm2d(3, components=2, momentum=1.0)
+    layer = SplitBatchNorm(3, components=2, momentum=1.0)
     x = images(20, 3, 4, 4)
     x[14:] = 3 * x[14:] + 7
     with route(layer, torch.tensor([0] * 14 + [1] * 6)):
@@ -337,20 +337,20 @@ def test_split_pooled_evaluation_is_the_law_of_total_variance():
 
 
 def test_split_needs_a_route_to_train_and_none_to_evaluate():
-    layer = SplitBatchNorm2d(4, components=2)
+    layer = SplitBatchNorm(4, components=2)
     with pytest.raises(RuntimeError, match=r"with ltnorm\.norms\.route"):
         layer(images(4, 4, 2, 2))
     assert layer.eval()(images(4, 4, 2, 2)).isfinite().all()
 
 
 def test_split_affine_per_group_needs_the_posterior():
-    SplitBatchNorm2d(4, components=2, affine="component", evaluation="posterior")
+    SplitBatchNorm(4, components=2, affine="component", evaluation="posterior")
     with pytest.raises(ValueError, match="posterior"):
-        SplitBatchNorm2d(4, components=2, affine="component")
+        SplitBatchNorm(4, components=2, affine="component")
 
 
 def test_route_is_cleared_also_after_an_error():
-    model = nn.Sequential(CompoundBatchNorm2d(3), nn.Sequential(SplitBatchNorm2d(3)))
+    model = nn.Sequential(CompoundBatchNorm(3), nn.Sequential(SplitBatchNorm(3)))
     seen = []
 
     def fail():
@@ -374,12 +374,12 @@ def test_route_is_cleared_also_after_an_error():
     ],
 )
 def test_route_refuses_bad_groups(groups, message):
-    with pytest.raises(ValueError, match=message), route(CompoundBatchNorm2d(3), groups):
+    with pytest.raises(ValueError, match=message), route(CompoundBatchNorm(3), groups):
         pass
 
 
 def test_a_route_of_another_length_is_refused():
-    layer = CompoundBatchNorm2d(3)
+    layer = CompoundBatchNorm(3)
     with (
         pytest.raises(ValueError, match="2 groups for a batch of 4"),
         route(layer, torch.zeros(2).long()),
@@ -390,8 +390,8 @@ def test_a_route_of_another_length_is_refused():
 @pytest.mark.parametrize("name", ["compound", "split"])
 def test_wrong_shapes_are_refused(name):
     layer = norm_layer(name)(4)
-    for shape in [(2, 3, 4, 4), (2, 4, 4), (4,)]:
-        with pytest.raises(ValueError, match=r"expects \[N, 4, H, W\]"):
+    for shape in [(2, 3, 4, 4), (2, 3, 4), (4,), (2, 4, 2, 2, 2)]:
+        with pytest.raises(ValueError, match=r"expects \[N, 4\], .* or \[N, 4, H, W\], got"):
             layer(torch.zeros(shape))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(torch.zeros(1, 4, 1, 1))
@@ -411,7 +411,7 @@ def test_state_dict_round_trip(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_are_float32_under_low_precision(assign, dtype):
     """bf16 input far from zero: the output errs by the input's rounding, not by a cancellation."""
-    layer = CompoundBatchNorm2d(4, components=2, assign=assign)
+    layer = CompoundBatchNorm(4, components=2, assign=assign)
     x = images(16, 4, 6, 6, offset=30).to(dtype)
     exact = copy.deepcopy(layer)(x.double().float())
     with torch.autocast("cpu", dtype):
@@ -436,7 +436,7 @@ def test_any_float_type_of_module_and_input(name, module, dtype):
 @pytest.mark.parametrize("assign", ["image", "position"])
 def test_compiles_as_one_graph(assign):
     torch._dynamo.reset()
-    layer = CompoundBatchNorm2d(4, components=2, assign=assign)
+    layer = CompoundBatchNorm(4, components=2, assign=assign)
     reference = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for step in range(3):

@@ -8,11 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ltnorm.norms.layer import ChannelNorm
+
 Momentum = Annotated[float, Field(gt=0, le=1)]
 GroupRule = Literal["rank", "images"]
 
 
-class RoutedNorm(nn.Module):
+class RoutedNorm(ChannelNorm):
     """A norm layer with K components to which images can be assigned by class group.
 
     Attributes:
@@ -24,6 +26,30 @@ class RoutedNorm(nn.Module):
     components: int
     groups: GroupRule
     routed: Tensor | None = None
+
+    def one_hot(self, dtype: torch.dtype) -> Tensor:
+        """The routed groups as [N, K]; a row of zeros where the group is -1."""
+        groups = self.require_route()
+        index = torch.arange(self.components, device=groups.device)
+        return (groups[:, None] == index).to(dtype)
+
+    def require_route(self) -> Tensor:
+        """The routed groups.
+
+        Raises:
+            RuntimeError: outside `route`.
+        """
+        if self.routed is None:
+            raise RuntimeError(
+                f"{type(self).__name__} needs the class group of each image while training: "
+                "wrap the forward in `with ltnorm.norms.route(model, groups):`"
+            )
+        return self.routed
+
+    def check_route(self, images: int) -> None:
+        """Raises ValueError where the route is for another number of images."""
+        if self.routed is not None and len(self.routed) != images:
+            raise ValueError(f"route has {len(self.routed)} groups for a batch of {images} images")
 
 
 @contextmanager
@@ -47,7 +73,7 @@ def route(model: nn.Module, groups: Tensor) -> Iterator[None]:
             logits = model(images)
     """
     layers = [m for m in model.modules() if isinstance(m, RoutedNorm)]
-    if groups.dim() != 1 or groups.is_floating_point():
+    if groups.dim() != 1 or groups.dtype.is_floating_point or groups.dtype == torch.bool:
         raise ValueError(f"groups must be int64 [N], got {groups.dtype} {list(groups.shape)}")
     if layers and groups.numel() and groups.device.type == "cpu":
         low, high = (int(v) for v in torch.aminmax(groups))

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from ltnorm.norms.compound import CompoundBatchNorm2d
+from ltnorm.norms.compound import CompoundBatchNorm
+from ltnorm.norms.functional import accumulation_dtype, affine_map
 from ltnorm.norms.routing import GroupRule, Momentum
 
 
-class SplitBatchNorm2d(CompoundBatchNorm2d):
+class SplitBatchNorm(CompoundBatchNorm):
     """While training, an image is normalized with the batch statistics of its own class group.
 
     The class-aware split feature normalization of arXiv 2212.01007 (reimplemented from its
@@ -26,11 +26,11 @@ class SplitBatchNorm2d(CompoundBatchNorm2d):
 
     Args:
         channels: C.
-        components: K, the number of class groups. With one group this is BatchNorm2d.
+        components: K, the number of class groups. With one group this is batch normalization.
         evaluation: the rule at test time.
         affine: one weight and bias for all groups ("shared") or one for each ("component").
 
-    The others are those of `CompoundBatchNorm2d`.
+    The others are those of `CompoundBatchNorm`.
 
     Raises:
         RuntimeError: training without a `route`.
@@ -47,6 +47,7 @@ class SplitBatchNorm2d(CompoundBatchNorm2d):
         pseudo_count: NonNegativeFloat | None = None,
         groups: GroupRule = "rank",
         eps: PositiveFloat = 1e-5,
+        sync: bool = True,
     ) -> None:
         for _, text in self.check_options(affine=affine, evaluation=evaluation):
             raise ValueError(f"affine {text}")
@@ -58,6 +59,7 @@ class SplitBatchNorm2d(CompoundBatchNorm2d):
             pseudo_count=pseudo_count,
             groups=groups,
             eps=eps,
+            sync=sync,
         )
         self.evaluation = evaluation
 
@@ -67,21 +69,19 @@ class SplitBatchNorm2d(CompoundBatchNorm2d):
         if affine == "component" and evaluation != "posterior":
             yield "affine", f"'component' needs evaluation 'posterior', not '{evaluation}'"
 
-    def _apply_route(self, r: Tensor) -> Tensor:
-        if self.routed is None and self.components > 1:
-            raise RuntimeError(
-                "split normalization needs the class group of each image while training: "
-                "wrap the forward in `with ltnorm.norms.route(model, groups):`"
-            )
-        return super()._apply_route(r)
+    def check_route(self, images: int) -> None:
+        """Training needs a route, of one group an image."""
+        if self.components > 1:
+            self.require_route()
+        super().check_route(images)
 
-    def _forward_eval(self, x: Tensor, shift: Tensor) -> Tensor:
-        if self.evaluation == "posterior":
-            return super()._forward_eval(x, shift)
-        mixture = self._running(shift)
-        tau = mixture.weight if self.evaluation == "pooled" else torch.full_like(mixture.weight, 1)
-        tau = tau / tau.sum()
-        mean = tau @ mixture.mean
-        var = tau @ (mixture.var + (mixture.mean - mean).square())
-        weight, bias = self.weight[0].to(var.dtype), self.bias[0].to(var.dtype)
-        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=self.eps)
+    def _evaluate(self, x: Tensor) -> Tensor:
+        if self.evaluation == "posterior" or self.components == 1:
+            return super()._evaluate(x)
+        mixture = self._running(torch.zeros((), dtype=accumulation_dtype(x.dtype), device=x.device))
+        tau = mixture.weight if self.evaluation == "pooled" else torch.ones_like(mixture.weight)
+        tau = (tau / tau.sum())[:, None]
+        mean = (tau * mixture.mean).sum(0, keepdim=True)
+        var = (tau * (mixture.var + (mixture.mean - mean).square())).sum(0, keepdim=True)
+        scale = self.weight.to(var.dtype) * torch.rsqrt(var + self.eps)
+        return affine_map(x, None, scale, self.bias.to(var.dtype) - mean * scale).to(x.dtype)

@@ -1,0 +1,69 @@
+"""What the layers with statistics of their own share: the shapes that they take, and a version."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ChannelNorm(nn.Module):
+    """A layer over channels, written once for x [N, C, L], with L positions an image.
+
+    Subclasses give `_train` and `_evaluate`, [N, C, L] -> [N, C, L]. Autocast is off inside: they
+    choose their own precision.
+
+    Attributes:
+        channels: C.
+        sync: sum batch statistics over the ranks of torch.distributed, where there are several.
+    """
+
+    # Of the layer's state dict. To change what is saved: raise it, and translate what is older
+    # in `_load_from_state_dict`.
+    _version = 1
+
+    # Without a batch statistic one value a channel is enough to train on.
+    needs_batch = True
+
+    def __init__(self, channels: int, sync: bool = True) -> None:
+        super().__init__()
+        self.channels, self.sync = channels, sync
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x [N, C], [N, C, L] or [N, C, H, W]; memory format and dtype are kept."""
+        self._check_input(x)
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]
+            y = self._train(flat) if self.training else self._evaluate(flat)
+        return y.reshape(x.shape)
+
+    def _train(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _check_input(self, x: Tensor) -> None:
+        name = type(self).__name__
+        if x.dim() not in (2, 3, 4) or x.shape[1] != self.channels:
+            shapes = f"[N, {self.channels}], [N, {self.channels}, L] or [N, {self.channels}, H, W]"
+            raise ValueError(f"{name} expects {shapes}, got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} expects floating point numbers, got {x.dtype}")
+        if self.training and self.needs_batch and x.numel() <= self.channels:
+            raise ValueError(
+                "expected more than 1 value per channel when training, "
+                f"got input size {list(x.shape)}"
+            )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        version = local_metadata.get("version") or 1
+        if version > self._version:
+            *_, errors = rest
+            errors.append(
+                f"{prefix}: saved by a newer ltnorm (version {version} of this layer, "
+                f"known here: {self._version})"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
