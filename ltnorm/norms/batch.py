@@ -7,7 +7,13 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from ltnorm.norms import distributed
-from ltnorm.norms.functional import accumulation_dtype, affine_map, normalize, plain_sums
+from ltnorm.norms.functional import (
+    accumulation_dtype,
+    affine_map,
+    image_moments,
+    normalize,
+    plain_sums,
+)
 from ltnorm.norms.layer import ChannelNorm
 from ltnorm.norms.routing import Momentum
 
@@ -75,12 +81,14 @@ class Moments(NamedTuple):
 @torch.no_grad()
 def batch_moments(x: Tensor, *, sync: bool) -> Moments:
     """The moments of x [N, C, L] over images and positions, of all ranks if `sync`."""
-    shift = x[0].mean(1, dtype=accumulation_dtype(x.dtype))
-    count, first, second = plain_sums(x, shift)
+    moments = image_moments(x)
+    sums = plain_sums(moments)
     if sync:
-        count, first, second = distributed.sums_over_ranks(count, first, second, shift)
-    mean = first / count
-    return Moments(1 / count, mean, (second / count - mean.square()).clamp_min(0), count, shift)
+        sums = distributed.sums_over_ranks(sums, moments.shift)
+    mean = sums.first / sums.count
+    var = (sums.second / sums.count - mean.square()).clamp_min(0)
+    positions = sums.count * x.shape[2]
+    return Moments(1 / positions, mean, var, positions, moments.shift)
 
 
 @torch.no_grad()

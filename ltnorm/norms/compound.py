@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ltnorm.norms import distributed
 from ltnorm.norms.functional import (
+    ImageMoments,
     Sums,
     accumulation_dtype,
     affine_map,
@@ -118,19 +119,20 @@ class CompoundBatchNorm(RoutedNorm):
         self.check_route(len(x))
         sync = distributed.synchronized(self.sync)
         with torch.no_grad():
-            shift = self._shift(x)
+            moments = image_moments(x)
+            shift = moments.shift
             mixture = self._running(shift)
             if self.components == 1:
-                r, sums = None, plain_sums(x, shift)
+                r, sums = None, plain_sums(moments)
             else:
-                moments = image_moments(x, shift)
-                mixture = self._start(mixture, moments, shift, sync)
-                r = self._apply_route(self._posterior(x, moments, mixture, shift))
-                sums = self._sums(x, r, moments, shift)
+                if self._may_be_fresh():
+                    mixture = self._start(mixture, moments, sync)
+                r = self._apply_route(self._posterior(x, shift, mixture, moments))
+                sums = self._sums(x, moments, r)
             if sync:
-                sums = Sums(*distributed.sums_over_ranks(*sums, shift))
+                sums = distributed.sums_over_ranks(sums, shift)
             share, mean, var = self._m_step(sums, mixture, positions=x.shape[2])
-            self._update(sums, mixture, mean, var, shift)
+            self._update(sums, mixture, mean, var, shift, positions=x.shape[2])
         return normalize(x, r, share, mean, var, self.weight, self.bias, shift, self.eps, sync)
 
     def _evaluate(self, x: Tensor) -> Tensor:
@@ -139,21 +141,10 @@ class CompoundBatchNorm(RoutedNorm):
             dtype = accumulation_dtype(x.dtype)
             shift = (self.mixing_weight.to(dtype)[:, None] * self.running_mean.to(dtype)).sum(0)
             mixture = self._running(shift)
-            r = None
-            if self.components > 1:
-                moments = image_moments(x, shift) if self.assign == "image" else None
-                r = self._posterior(x, moments, mixture, shift)
+            r = self._posterior(x, shift, mixture) if self.components > 1 else None
         scale = self.weight.to(dtype) * torch.rsqrt(mixture.var + self.eps)
         offset = self.bias.to(dtype) - (mixture.mean + shift) * scale
         return affine_map(x, r, scale, offset).to(x.dtype)
-
-    def _shift(self, x: Tensor) -> Tensor:
-        """A point near the data, [C]: the mean of the first image.
-
-        D away from the mean of N images, one image makes their variance at least D^2 / N, so
-        that what cancels when squares are expanded around it stays bounded.
-        """
-        return x[0].mean(1, dtype=accumulation_dtype(x.dtype))
 
     def _running(self, shift: Tensor) -> Mixture:
         """The running mixture, with means relative to `shift`."""
@@ -162,26 +153,34 @@ class CompoundBatchNorm(RoutedNorm):
         )
         return Mixture(weight, mean - shift, var)
 
-    def _start(
-        self, mixture: Mixture, moments: tuple[Tensor, Tensor], shift: Tensor, sync: bool
-    ) -> Mixture:
+    # The batch counter as the last training step left it: where it still is so, the mixture has
+    # started. The start is a torch.where on that counter; this only saves it where it is moot.
+    _counted: tuple[int, int] | None = None
+
+    def _may_be_fresh(self) -> bool:
+        if torch.compiler.is_compiling():
+            return True
+        counter = self.num_batches_tracked
+        return self._counted != (id(counter), counter._version)
+
+    def _start(self, mixture: Mixture, moments: ImageMoments, sync: bool) -> Mixture:
         """Before the first batch the components start at the class groups, or spread out.
 
         With a route, component k starts at the moments of class group k in this batch (at the
         batch's own if the group is empty); without one at mean + spread_k * std.
         """
-        if sync and not self._fresh():
+        fresh = self.num_batches_tracked == 0
+        if sync and not fresh:  # the ranks would have to agree on the sums below
             return mixture
-        first, second = moments
-        member = first.new_ones(len(first), 1)
+        member = moments.first.new_ones(len(moments.first), 1)
         if self.routed is not None:
-            member = torch.cat([self.one_hot(first.dtype), member], dim=1)
-        sums = member.sum(0), matmul(member.T, first), matmul(member.T, second)
+            member = torch.cat([self.one_hot(member.dtype), member], dim=1)
+        sums = Sums(member.sum(0), *(matmul(member.T, m) for m in moments[:2]))
         if sync:
-            sums = distributed.sums_over_ranks(*sums, shift)
-        size = sums[0][:, None]
-        means = sums[1] / size.clamp_min(1)
-        variances = sums[2] / size.clamp_min(1) - means.square()
+            sums = distributed.sums_over_ranks(sums, moments.shift)
+        size = sums.count[:, None]
+        means = sums.first / size.clamp_min(1)
+        variances = sums.second / size.clamp_min(1) - means.square()
         mean, var = means[-1], variances[-1].clamp_min(0)
         start_mean = mean + self.spread.to(mean.dtype) * var.sqrt()
         start_var = var.expand_as(start_mean)
@@ -189,48 +188,37 @@ class CompoundBatchNorm(RoutedNorm):
             size, routed = size[:-1], size[:-1].sum() > 0
             start_mean = torch.where(routed, torch.where(size > 0, means[:-1], mean), start_mean)
             start_var = torch.where(routed & (size > 0), variances[:-1], start_var)
-        fresh = self.num_batches_tracked == 0
         return Mixture(
             mixture.weight,
             torch.where(fresh, start_mean, mixture.mean),
             torch.where(fresh, start_var.clamp_min(MIN_VARIANCE), mixture.var),
         )
 
-    # Whether a batch has been seen; only asked where ranks would have to agree on the start.
-    _started = False
-
-    def _fresh(self) -> bool:
-        if not self._started:
-            self._started = bool(self.num_batches_tracked > 0)
-        return not self._started
-
     def _posterior(
-        self, x: Tensor, moments: tuple[Tensor, Tensor] | None, mixture: Mixture, shift: Tensor
+        self, x: Tensor, shift: Tensor, mixture: Mixture, moments: ImageMoments | None = None
     ) -> Tensor:
-        """The E-step: r [N, K] from the images' moments, or [N, K, L].
+        """The E-step: r [N, K] from the images' moments (around shift), or [N, K, L].
 
         The log-density is two products and a constant, so that [M, K, C] is never materialised.
         """
-        precision = 1 / mixture.var
-        weighted = 2 * mixture.mean * precision
-        constant = (mixture.mean.square() * precision + mixture.var.log()).sum(1)
-        prior = mixture.weight.log() + self._sharpness * constant
+        sharpness = -0.5 / (self.temperature * self.channels**0.5)
+        precision = mixture.var.reciprocal()
+        weighted = mixture.mean * precision
+        constant = torch.addcmul(mixture.var.log(), mixture.mean, weighted).sum(1)
+        prior = torch.add(mixture.weight.log(), constant, alpha=sharpness)
+        weighted, precision = (-2 * sharpness) * weighted, sharpness * precision
         if self.assign == "image":
-            assert moments is not None
-            first, second = (m[:, None] for m in moments)
-            distance = (second * precision - first * weighted).sum(2)
-            return torch.softmax(prior + self._sharpness * distance, dim=1)
+            moments = moments or image_moments(x, shift)
+            logits = matmul(moments.first, weighted.T) + matmul(moments.second, precision.T)
+            return torch.softmax(logits + prior, dim=1)
+        target = shift[:, None]
 
         def posterior(x: Tensor) -> Tensor:
-            centred = x.to(shift.dtype) - shift[:, None]
-            distance = matmul(precision, centred.square()) - matmul(weighted, centred)
-            return torch.softmax(prior[:, None] + self._sharpness * distance, dim=1)
+            centred = x.to(target.dtype) - target
+            logits = matmul(weighted, centred) + prior[:, None]
+            return torch.softmax(logits.add_(matmul(precision, centred.square_())), dim=1)
 
         return by_parts(posterior, x)
-
-    @property
-    def _sharpness(self) -> float:
-        return -0.5 / (self.temperature * self.channels**0.5)
 
     def _apply_route(self, r: Tensor) -> Tensor:
         """Images with a class group belong to its component alone."""
@@ -240,59 +228,73 @@ class CompoundBatchNorm(RoutedNorm):
         member = self.one_hot(r.dtype).view(*r.shape[:2], *shape[2:])
         return torch.where(self.routed.view(shape) >= 0, member, r)
 
-    def _sums(self, x: Tensor, r: Tensor, moments: tuple[Tensor, Tensor], shift: Tensor) -> Sums:
+    def _sums(self, x: Tensor, moments: ImageMoments, r: Tensor) -> Sums:
         if r.dim() == 2:
-            weight = r.T * x.shape[2]
-            return Sums(weight.sum(1), *(matmul(weight, m) for m in moments))
+            return Sums(r.sum(0), matmul(r.T, moments.first), matmul(r.T, moments.second))
+        target = moments.shift[:, None]
 
         def powers(r: Tensor, x: Tensor) -> Tensor:
-            centred = (x.to(shift.dtype) - shift[:, None]).transpose(1, 2)
-            return torch.stack([matmul(r, centred), matmul(r, centred.square())], dim=1)
+            centred = (x.to(target.dtype) - target).transpose(1, 2)
+            first = matmul(r, centred)
+            return torch.stack([first, matmul(r, centred.square_())], dim=1)
 
-        return Sums(r.sum((0, 2)), *by_parts(powers, r, x).sum(0))
+        count, sums = r.sum((0, 2)), by_parts(powers, r, x).sum(0)
+        positions = x.shape[2]
+        return Sums(count / positions, *(sums / positions))
 
     def _m_step(
         self, sums: Sums, mixture: Mixture, positions: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Share of a position [K], mean and variance [K, C] of each component on this batch."""
-        count = sums.count[:, None]
-        if self.components == 1 and not self.pseudo_count:
-            mean = sums.first / count
-            return 1 / sums.count, mean, (sums.second / count - mean.square()).clamp_min(0)
-        # A trace of the running moments even at pseudo-count 0, so that nothing is divided by 0.
-        n0 = max(1.0 if self.pseudo_count is None else self.pseudo_count, 1e-6) * positions
-        mean = (sums.first + n0 * mixture.mean) / (count + n0)
-        within = sums.second - 2 * mean * sums.first + count * mean.square()
-        prior = n0 * (mixture.var + (mixture.mean - mean).square())
-        return 1 / (sums.count + n0), mean, (within.clamp_min(0) + prior) / (count + n0)
+        count, first, second = sums.count[:, None], sums.first, sums.second
+        if self.components > 1 or self.pseudo_count:
+            # A trace of the running moments even at 0, so that nothing is divided by 0.
+            n0 = max(1.0 if self.pseudo_count is None else self.pseudo_count, 1e-6)
+            count = count + n0
+            first = torch.add(first, mixture.mean, alpha=n0)
+            prior = torch.addcmul(mixture.var, mixture.mean, mixture.mean)
+            second = torch.add(second, prior, alpha=n0)
+        mean = first / count
+        var = torch.addcmul(second / count, mean, mean, value=-1).clamp_min(0)
+        return 1 / (count[:, 0] * positions), mean, var
 
     def _update(
-        self, sums: Sums, mixture: Mixture, mean: Tensor, var: Tensor, shift: Tensor
+        self,
+        sums: Sums,
+        mixture: Mixture,
+        mean: Tensor,
+        var: Tensor,
+        shift: Tensor,
+        positions: int,
     ) -> None:
         """One step of stepwise EM, from sums, so that nothing is divided by a component's count.
 
         One component follows BatchNorm's own rule (unbiased variance).
         """
-        a, positions = self.momentum, sums.count.sum()
-        self.num_batches_tracked += 1
+        a, total = self.momentum, sums.count.sum()
+        counter = self.num_batches_tracked
+        counter += 1
         if self.components == 1:
-            unbiased = var * (positions / (positions - 1))
+            unbiased = var * (total * positions / (total * positions - 1))
             self.running_mean.lerp_((mean + shift).to(self.running_mean.dtype), a)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), a)
             return
-        part = sums.count / positions
-        weight = ((1 - a) * mixture.weight + a * part).clamp_min(MIN_WEIGHT)
+        share = sums.count / total
+        weight = torch.lerp(mixture.weight, share, a).clamp_min(MIN_WEIGHT)
         weight = weight / weight.sum()
-        rate = (a / weight)[:, None]
-        # Sums around the running mean of each component.
-        first = (sums.first - sums.count[:, None] * mixture.mean) / positions
-        second = (sums.second - 2 * mixture.mean * sums.first) / positions
-        second = second + part[:, None] * mixture.mean.square()
-        step = rate * first
-        var = mixture.var + rate * (second - part[:, None] * mixture.var) - step.square()
+        rate, share = (a / weight)[:, None], share[:, None]
+        # First and second moment take the same step, which is that of mean and variance.
+        raw = torch.addcmul(mixture.var, mixture.mean, mixture.mean)
+        mean = mixture.mean + rate * torch.addcmul(
+            sums.first / total, share, mixture.mean, value=-1
+        )
+        raw = raw + rate * torch.addcmul(sums.second / total, share, raw, value=-1)
         self.mixing_weight.copy_(weight)
-        self.running_mean.copy_(mixture.mean + step + shift)
+        self.running_mean.copy_(mean + shift)
+        var = torch.addcmul(raw, mean, mean, value=-1)
         self.running_var.copy_(var.clamp_min(MIN_VARIANCE))
+        if not torch.compiler.is_compiling():
+            self._counted = (id(counter), counter._version)
 
     def extra_repr(self) -> str:
         """The settings that differ between layers of one name."""

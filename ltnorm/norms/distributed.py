@@ -1,8 +1,13 @@
 """Batch statistics of all ranks together, under torch.distributed."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ltnorm.norms.functional import Sums
 
 
 def synchronized(enabled: bool) -> bool:
@@ -19,18 +24,15 @@ def sum_over_ranks(t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sums_over_ranks(
-    count: Tensor, first: Tensor, second: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts [K] and sums [K, C] of x - shift and its square, over all ranks.
+def sums_over_ranks(sums: "Sums", shift: Tensor) -> "Sums":
+    """The sums of all ranks together.
 
     Each rank has a shift of its own, so the sums travel around 0; float64 keeps the digits that
     float32 would lose there.
     """
-    s, n = shift.double(), count.double()[:, None]
-    raw_first = first.double() + n * s
-    raw_second = second.double() + s * (2 * first.double() + n * s)
-    packed = sum_over_ranks(torch.cat([n, raw_first, raw_second], dim=1))
-    n, raw_first, raw_second = packed.split([1, *[first.shape[1]] * 2], dim=1)
-    around = (n[:, 0], raw_first - n * s, raw_second - s * (2 * raw_first - n * s))
-    return tuple(t.to(first.dtype) for t in around)  # type: ignore[return-value]
+    count, first, second = (t.double() for t in sums)
+    n, s = count[:, None], shift.double()
+    packed = torch.cat([n, first + n * s, second + s * (2 * first + n * s)], dim=1)
+    n, first, second = sum_over_ranks(packed).split([1, *[len(s)] * 2], dim=1)
+    around = (n[:, 0], first - n * s, second - s * (2 * first - n * s))
+    return type(sums)(*(t.to(shift.dtype) for t in around))

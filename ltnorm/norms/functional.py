@@ -20,7 +20,11 @@ from ltnorm.norms import distributed
 
 
 class Sums(NamedTuple):
-    """What a batch says of each component: sum_i r_ik [K], sum r x [K, C], sum r x^2 [K, C]."""
+    """What a batch says of each component, around `shift`, in units of whole images.
+
+    With the mean over its positions inside: count = sum_n r_nk [K], first = sum r x [K, C] and
+    second = sum r x^2 [K, C].
+    """
 
     count: Tensor
     first: Tensor
@@ -47,18 +51,20 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double()).to(a.dtype)
 
 
-# Numbers in a part: 2 MiB of float32.
-_PART = 2**19
+# Numbers in a part: 4 MiB of float32. (Each operation on a part starts the threads anew.)
+_PART = 2**20
 
 
 def _in_parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """The tensors, or on a CPU some images of them at a time.
 
-    There a temporary as large as x costs more in fresh memory pages than the arithmetic does.
+    There a step's cost is its traffic with memory: what is computed on the way stays in the cache
+    if it is small, and a temporary as large as x would want fresh pages besides.
     """
     images = len(tensors[0])
-    part = max(1, _PART * images // max(t.numel() for t in tensors)) if images else 1
-    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling() or part >= images:
+    part = max(1, _PART * images // max(1, *(t.numel() for t in tensors)))
+    whole = tensors[0].device.type != "cpu" or torch.is_grad_enabled() or part >= images
+    if whole or torch.compiler.is_compiling():
         return [tensors]
     return list(zip(*(t.split(part) for t in tensors), strict=True))
 
@@ -69,12 +75,36 @@ def by_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def collect(r: Tensor | None, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """sum_i r_ik t_i over images and positions: [K, C], for t = function(*tensors) [N, C, L]."""
+def _write_by_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """As `by_parts`, with a result of the first tensor's dtype, which is rounded to only here."""
+    like = tensors[0]
+    if accumulation_dtype(like.dtype) == like.dtype:  # no temporaries: they are the result
+        return function(*tensors)
+    parts = _in_parts(*tensors)
+    if len(parts) == 1:
+        return function(*tensors).to(like.dtype)
+    out = torch.empty_like(like)
+    for target, part in zip(out.split(len(parts[0][0])), parts, strict=True):
+        target.copy_(function(*part))
+    return out
+
+
+def collect(r: Tensor | None, terms: Callable[..., list[Tensor]], *tensors: Tensor) -> Tensor:
+    """sum_i r_ik t_i over images and positions: [T, K, C], for the T terms [N, C, L] of tensors."""
     if r is not None and r.dim() == 3:
-        return by_parts(lambda r, *p: matmul(r, function(*p).transpose(1, 2)), r, *tensors).sum(0)
-    per_image = by_parts(lambda *p: function(*p).sum(2), *tensors)
-    return per_image.sum(0, keepdim=True) if r is None else matmul(r.T, per_image)
+
+        def by_position(r: Tensor, *part: Tensor) -> Tensor:
+            return torch.stack([matmul(r, t.transpose(1, 2)) for t in terms(*part)], dim=1)
+
+        return by_parts(by_position, r, *tensors).sum(0)
+
+    def by_image(*part: Tensor) -> Tensor:
+        return torch.stack([t.sum(2) for t in terms(*part)], dim=1)
+
+    sums = by_parts(by_image, *tensors)
+    if r is None:
+        return sums.sum(0)[:, None]
+    return matmul(r.T, sums.flatten(1)).unflatten(1, sums.shape[1:]).transpose(0, 1)
 
 
 def spread(r: Tensor | None, v: Tensor, like: Tensor) -> Tensor:
@@ -91,22 +121,38 @@ def spread(r: Tensor | None, v: Tensor, like: Tensor) -> Tensor:
     return matmul(v.T, r)
 
 
-def image_moments(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and mean square of x - shift for each image and channel, [N, C] each."""
-    dtype = shift.dtype
+class ImageMoments(NamedTuple):
+    """Mean and mean square over its positions of each image, around `shift` [C]: [N, C] each."""
 
-    def mean_square(x: Tensor) -> Tensor:
-        # The squared difference in one pass; summed up by us, because mse_loss has no dim.
-        return F.mse_loss(x.to(dtype), shift[:, None].expand_as(x), reduction="none").mean(2)
-
-    return x.mean(2, dtype=dtype) - shift, by_parts(mean_square, x)
+    first: Tensor
+    second: Tensor
+    shift: Tensor
 
 
-def plain_sums(x: Tensor, shift: Tensor) -> Sums:
-    """The sums of x - shift for one component that owns everything."""
-    first, second = image_moments(x, shift)
-    count = first.new_full((1,), x.shape[0] * x.shape[2])
-    return Sums(count, *(x.shape[2] * t.sum(0, keepdim=True) for t in (first, second)))
+def image_moments(x: Tensor, shift: Tensor | None = None) -> ImageMoments:
+    """The moments of each image of x [N, C, L], around `shift` or a point near the batch's mean.
+
+    That is the mean of the first image: D away from the mean of N images, it makes the variance
+    at least D^2 / N, so that what cancels when squares are expanded around it stays bounded.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    if shift is None:
+        shift = x[0].detach().mean(1, dtype=dtype)
+    target = shift[:, None]
+
+    def sums(x: Tensor) -> Tensor:
+        # The squared difference in one pass; added up by us, because mse_loss has no dim.
+        square = F.mse_loss(x.to(dtype), target.expand_as(x), reduction="none")
+        return torch.stack([x.sum(2, dtype=dtype), square.sum(2)], dim=1)
+
+    first, second = (by_parts(sums, x) / x.shape[2]).unbind(1)
+    return ImageMoments(first - shift, second, shift)
+
+
+def plain_sums(moments: ImageMoments) -> Sums:
+    """The sums of one component that owns everything."""
+    count = moments.first.new_full((1,), len(moments.first))
+    return Sums(count, *(t.sum(0, keepdim=True) for t in moments[:2]))
 
 
 def affine_map(x: Tensor, r: Tensor | None, scale: Tensor, offset: Tensor) -> Tensor:
@@ -114,21 +160,14 @@ def affine_map(x: Tensor, r: Tensor | None, scale: Tensor, offset: Tensor) -> Te
 
     The result is of the type of scale and offset.
     """
-    b = spread(r, offset, x)
-    if r is not None and r.dim() == 3:
-        return _add_product(b, x, r, scale)
-    a = spread(r, scale, x)
-    if x.stride(1) == 1:  # faster in one pass, unless broadcast along what lies together
-        return torch.addcmul(b, x.to(a.dtype), a)
-    return x.to(a.dtype) * a + b
-
-
-def _add_product(y: Tensor, x: Tensor, r: Tensor | None, scale: Tensor) -> Tensor:
-    """y + x_i * sum_k r_ik scale_k, into y [N, C, L] where nothing is to be differentiated."""
+    y = spread(r, offset, x)
+    if r is None or r.dim() == 2:
+        a = spread(r, scale, x)
+        if x.stride(1) == 1:  # faster in one pass, unless broadcast along what lies together
+            return torch.addcmul(y, x.to(a.dtype), a)
+        return x.to(a.dtype) * a + y
     if torch.is_grad_enabled():
         return torch.addcmul(y, x.to(y.dtype), spread(r, scale, x))
-    if r is None or r.dim() == 2:
-        return y.addcmul_(x.to(y.dtype), spread(r, scale, x))
     for part, values, share in _in_parts(y, x, r):
         part.addcmul_(values.to(y.dtype), spread(share, scale, values))
     return y
@@ -161,7 +200,7 @@ def normalize(
     Args:
         x: [N, C, L], any float dtype; the result has the same.
         r: constant responsibilities, [N, K], [N, K, L] or None.
-        share: [K], or [N, K] for image responsibilities whose images do not count alike.
+        share: [K], or [N, K] with r [N, K], for images that do not count alike.
         mean, var: moments of the components, [K, C], means relative to `shift`.
         weight, bias: [K, C], or [1, C] for all components.
         shift: [C].
@@ -191,19 +230,14 @@ def normalize_reference(
     return (centred * spread(r, scale, x) + spread(r, offset, x)).to(x.dtype)
 
 
-def _same(t: Tensor) -> Tensor:
-    return t
-
-
 def _moments_of(
     centred: Tensor, r: Tensor | None, share: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance with their values unchanged, as functions of the input."""
+    q = r if share.dim() == 1 else r * share
+    first, second = collect(q, lambda c: [c, c.square()], centred)
     if share.dim() == 1:
-        first, second = (share[:, None] * collect(r, f, centred) for f in (_same, torch.square))
-    else:
-        q = share if r is None else r * share
-        first, second = (collect(q, f, centred) for f in (_same, torch.square))
+        first, second = share[:, None] * first, share[:, None] * second
     mean = mean + (first - first.detach())
     second = second - mean.square()
     return mean, var + (second - second.detach())
@@ -227,7 +261,9 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         scale = weight.to(var.dtype) * torch.rsqrt(var + eps)
         offset = bias.to(var.dtype) - (mean + shift) * scale
-        return affine_map(x, r, scale, offset).to(x.dtype)
+        if r is None:
+            return _write_by_parts(lambda x: affine_map(x, None, scale, offset), x)
+        return _write_by_parts(lambda x, r: affine_map(x, r, scale, offset), x, r)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -274,18 +310,29 @@ def _backward(
         mean, var = _moments_of(x.to(dtype) - shift[:, None], r, share, mean, var)
     inverse = torch.rsqrt(var + eps)
     scale = weight.to(dtype) * inverse
-    dbias = collect(r, lambda g: g.to(dtype), grad)
-    moment = collect(r, lambda g, x: g * (x.to(dtype) - shift[:, None]), grad, x)
-    dweight = inverse * (moment - mean * dbias)
+
+    def terms(g: Tensor, x: Tensor) -> list[Tensor]:
+        g = g.to(dtype)
+        return [g, g * (x.to(dtype) - shift[:, None])]
+
+    dbias, moment = collect(r, terms, grad, x)
+    dweight = torch.addcmul(moment, mean, dbias, value=-1) * inverse
     # Parameter gradients are of this rank's images; what the moments pass on is of all.
     own = [d.sum_to_size(p.shape).to(p.dtype) for d, p in ((dweight, weight), (dbias, bias))]
     if sync:
         dweight, dbias = distributed.sum_over_ranks(torch.stack([dweight, dbias]))
-    slope = -scale * inverse * dweight
-    level = -scale * dbias - slope * (mean + shift)
     if share.dim() == 1:
-        q, slope, level = r, share[:, None] * slope, share[:, None] * level
+        q, factor = r, share[:, None] * scale
     else:
-        q = share if r is None else r * share
-    dx = _add_product(affine_map(x, q, slope, level), grad, r, scale)
-    return (dx.to(x.dtype), None, None, None, None, *own, None, None, None)
+        q, factor = r * share, scale
+    slope = factor * inverse * -dweight
+    level = -torch.addcmul(factor * dbias, slope, mean + shift)
+
+    def dx(g: Tensor, x: Tensor, r: Tensor | None = None, q: Tensor | None = None) -> Tensor:
+        through = affine_map(x, q, slope, level)
+        if twice:
+            return torch.addcmul(through, g.to(dtype), spread(r, scale, x))
+        return through.addcmul_(g.to(dtype), spread(r, scale, x))
+
+    tensors = (grad, x) if r is None else (grad, x, r, q)
+    return (_write_by_parts(dx, *tensors), None, None, None, None, *own, None, None, None)

@@ -31,9 +31,14 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x [N, C], [N, C, L] or [N, C, H, W]; memory format and dtype are kept."""
         self._check_input(x)
-        with torch.autocast(x.device.type, enabled=False):
-            flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]
-            y = self._train(flat) if self.training else self._evaluate(flat)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._normalize(x)
+        return self._normalize(x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2) if x.dim() > 2 else x[:, :, None]
+        y = self._train(flat) if self.training else self._evaluate(flat)
         return y.reshape(x.shape)
 
     def _train(self, x: Tensor) -> Tensor:
