@@ -10,6 +10,7 @@ same by plain autograd, which the tests compare it with.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,14 +77,11 @@ def by_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def _write_by_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """As `by_parts`, with a result of the first tensor's dtype, which is rounded to only here."""
-    like = tensors[0]
-    if accumulation_dtype(like.dtype) == like.dtype:  # no temporaries: they are the result
-        return function(*tensors)
+    """As `by_parts`, with a result like the first tensor: each part is rounded as it is written."""
     parts = _in_parts(*tensors)
     if len(parts) == 1:
-        return function(*tensors).to(like.dtype)
-    out = torch.empty_like(like)
+        return function(*tensors).to(tensors[0].dtype)
+    out = torch.empty_like(tensors[0])
     for target, part in zip(out.split(len(parts[0][0])), parts, strict=True):
         target.copy_(function(*part))
     return out
@@ -261,9 +259,19 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         scale = weight.to(var.dtype) * torch.rsqrt(var + eps)
         offset = bias.to(var.dtype) - (mean + shift) * scale
-        if r is None:
-            return _write_by_parts(lambda x: affine_map(x, None, scale, offset), x)
-        return _write_by_parts(lambda x, r: affine_map(x, r, scale, offset), x, r)
+        if r is not None and r.dim() == 3:
+            # Never a view: an activation may write into what this returns.
+            return _write_by_parts(
+                lambda x, r: torch.addcmul(
+                    spread(r, offset, x), x.to(scale.dtype), spread(r, scale, x)
+                ),
+                x,
+                r,
+            )
+        if x.dtype == scale.dtype:
+            return affine_map(x, r, scale, offset)
+        tensors = (x,) if r is None else (x, r)
+        return _write_by_parts(lambda x, r=None: affine_map(x, r, scale, offset), *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -335,4 +343,5 @@ def _backward(
         return through.addcmul_(g.to(dtype), spread(r, scale, x))
 
     tensors = (grad, x) if r is None else (grad, x, r, q)
-    return (_write_by_parts(dx, *tensors), None, None, None, None, *own, None, None, None)
+    write = dx if x.dtype == dtype else partial(_write_by_parts, dx)
+    return (write(*tensors), None, None, None, None, *own, None, None, None)

@@ -1,0 +1,84 @@
+"""Swapping the normalization of a model that exists already."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+_BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def convert_norm(model: nn.Module, name: str, **options: Any) -> nn.Module:
+    """Replace every BatchNorm1d, BatchNorm2d and SyncBatchNorm of a model by the norm `name`.
+
+    Weights, running statistics, eps and momentum are carried over (eps and momentum unless
+    given), so that a norm with running statistics gives the same evaluation output as before,
+    until it is trained. The K components of a mixture all start at the source's statistics; its
+    first training step spreads them, over the class groups or the quantiles of the batch. Norms
+    without running statistics keep weight and bias; what they compute is another function.
+
+    Layers with an activation of their own (timm's BatchNormAct2d) keep it, after the norm. A
+    source without weight and bias gets ones and zeros that are not trained.
+
+    Args:
+        model: changed in place; a bare BatchNorm cannot be, so use what is returned.
+        name: see `ltnorm list norms`.
+        options: of the norm, as for `norm_layer`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a layer without running statistics, or an option that the norm lacks. Nothing
+            is changed then.
+    """
+    found = {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    made = {path: _converted(path, source, name, options) for path, source in found.items()}
+    if "" in made:
+        return made[""]
+    for path, layer in made.items():
+        parent, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer)
+    return model
+
+
+def _converted(path: str, source: nn.Module, name: str, options: dict[str, Any]) -> nn.Module:
+    from ltnorm import registry
+    from ltnorm.norms import norm_layer
+
+    if source.running_mean is None:
+        raise ValueError(
+            f"layer '{path}' has no running statistics to carry over: make it with "
+            "track_running_stats=True"
+        )
+    carried = {"eps": source.eps, "momentum": source.momentum}
+    known = registry.options_model("norm", name).model_fields
+    carried = {k: v for k, v in carried.items() if k in known and v is not None}
+    layer = norm_layer(name, **{**carried, **options})(source.num_features)
+    _carry(source, layer)
+    layer.to(source.running_mean.device)
+    layer.train(source.training)
+    rest = [(key, getattr(source, key, None)) for key in ("drop", "act")]  # timm's BatchNormAct2d
+    rest = [(key, m) for key, m in rest if m is not None and not isinstance(m, nn.Identity)]
+    return nn.Sequential(OrderedDict([("norm", layer), *rest])) if rest else layer
+
+
+@torch.no_grad()
+def _carry(source: nn.Module, layer: nn.Module) -> None:
+    """What both layers have, broadcast over components."""
+    for key in ("weight", "bias"):
+        parameter = getattr(layer, key, None)
+        if parameter is None:
+            continue
+        given = getattr(source, key)
+        if given is None:
+            parameter.requires_grad_(False)
+        else:
+            parameter.copy_(given.expand_as(parameter))
+            parameter.requires_grad_(given.requires_grad)
+    for key in ("running_mean", "running_var"):
+        if getattr(layer, key, None) is not None:
+            getattr(layer, key).copy_(getattr(source, key))
+    if getattr(layer, "components", 1) == 1 and hasattr(layer, "num_batches_tracked"):
+        layer.num_batches_tracked.copy_(source.num_batches_tracked)

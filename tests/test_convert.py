@@ -1,0 +1,102 @@
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from ltnorm.norms import RoutedNorm, convert_norm, norm_layer, route
+
+
+def trained(model, image):
+    """With running statistics and weights that are not those of a fresh model."""
+    torch.manual_seed(0)
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(4, *image))
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.weight.uniform_(0.5, 1.5)
+                m.bias.uniform_(-0.5, 0.5)
+    return model.eval()
+
+
+MODELS = {
+    "torchvision resnet18": lambda: torchvision.models.resnet18(num_classes=5),
+    "torchvision mobilenet_v3_small": lambda: torchvision.models.mobilenet_v3_small(num_classes=5),
+    "timm resnet10t": lambda: timm.create_model("resnet10t", num_classes=5),
+    "timm mobilenetv3_small_050": lambda: timm.create_model(
+        "mobilenetv3_small_050", num_classes=5
+    ),  # of BatchNormAct2d
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize(
+    ("norm", "options"),
+    [
+        ("bn", {}),
+        ("compound", {"components": 3}),
+        ("compound", {"assign": "position"}),
+        ("split", {"components": 2}),
+    ],
+)
+def test_a_converted_model_evaluates_as_before_and_trains(name, norm, options):
+    model = trained(MODELS[name](), (3, 32, 32))
+    x = torch.randn(3, 3, 32, 32)
+    expected = model(x)
+    converted = convert_norm(copy.deepcopy(model), norm, **options)
+    torch.testing.assert_close(converted(x), expected, rtol=1e-3, atol=1e-4)
+    if norm == "bn":
+        return
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in converted.modules())
+    converted.train()
+    with route(converted, torch.tensor([0, 1, 1])):
+        converted(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in converted.parameters() if p.grad is not None)
+    layers = [m for m in converted.modules() if isinstance(m, RoutedNorm)]
+    assert layers
+    for layer in layers:  # the first training step has spread the components
+        assert not torch.equal(layer.running_mean[0], layer.running_mean[1])
+
+
+def test_one_and_two_dimensional_sources_and_sync_batch_norm():
+    model = nn.Sequential(
+        nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(8, 6), nn.BatchNorm1d(6)
+    )
+    trained(model, (3, 2))
+    x = torch.randn(5, 3, 2)
+    expected = model(x)
+    torch.testing.assert_close(convert_norm(copy.deepcopy(model), "compound")(x), expected)
+    sync = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    converted = convert_norm(sync, "compound")
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
+    torch.testing.assert_close(converted(x), expected)
+
+
+def test_settings_are_carried_unless_given():
+    source = nn.BatchNorm2d(4, eps=1e-3, momentum=0.01)
+    layer = convert_norm(source, "compound")
+    assert (layer.eps, layer.momentum) == (1e-3, 0.01)
+    assert convert_norm(source, "compound", momentum=0.2).momentum == 0.2
+    assert convert_norm(nn.BatchNorm2d(4, momentum=None), "compound").momentum == 0.1
+
+
+def test_a_source_without_affine_is_not_trained():
+    layer = convert_norm(nn.BatchNorm2d(4, affine=False), "compound")
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_what_cannot_be_converted_changes_nothing():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(ValueError, match="layer '1' has no running statistics"):
+        convert_norm(model, "compound")
+    assert type(model[0]) is nn.BatchNorm2d
+    with pytest.raises(ValueError, match="colour"):
+        convert_norm(nn.BatchNorm2d(4), "compound", colour="red")
+
+
+def test_norm_layer_is_what_torchvision_takes():
+    model = torchvision.models.resnet18(norm_layer=norm_layer("compound", components=3))
+    assert sum(isinstance(m, RoutedNorm) for m in model.modules()) == 20
