@@ -141,7 +141,9 @@ class CompoundBatchNorm(RoutedNorm):
             dtype = accumulation_dtype(x.dtype)
             shift = (self.mixing_weight.to(dtype)[:, None] * self.running_mean.to(dtype)).sum(0)
             mixture = self._running(shift)
-            r = self._posterior(x, shift, mixture) if self.components > 1 else None
+            r = None
+            if self.components > 1:  # constant for forward-mode differentiation, too
+                r = self._posterior(x, shift, mixture).detach()
         scale = self.weight.to(dtype) * torch.rsqrt(mixture.var + self.eps)
         offset = self.bias.to(dtype) - (mixture.mean + shift) * scale
         return affine_map(x, r, scale, offset).to(x.dtype)

@@ -336,12 +336,12 @@ def _backward(
     slope = factor * inverse * -dweight
     level = -torch.addcmul(factor * dbias, slope, mean + shift)
 
-    def dx(g: Tensor, x: Tensor, r: Tensor | None = None, q: Tensor | None = None) -> Tensor:
+    def dx(x: Tensor, g: Tensor, r: Tensor | None = None, q: Tensor | None = None) -> Tensor:
         through = affine_map(x, q, slope, level)
         if twice:
             return torch.addcmul(through, g.to(dtype), spread(r, scale, x))
         return through.addcmul_(g.to(dtype), spread(r, scale, x))
 
-    tensors = (grad, x) if r is None else (grad, x, r, q)
+    tensors = (x, grad) if r is None else (x, grad, r, q)
     write = dx if x.dtype == dtype else partial(_write_by_parts, dx)
     return (write(*tensors), None, None, None, None, *own, None, None, None)
