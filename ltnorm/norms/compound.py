@@ -10,36 +10,35 @@ diagonal covariances; responsibilities r, [N, K] a row an image or [N, K, L] a r
 constant for the gradient.
 """
 
-from statistics import NormalDist
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from ltnorm.norms import distributed
+from ltnorm.norms.em import (
+    MIN_VARIANCE,
+    Mixture,
+    centre,
+    component_sums,
+    keep,
+    posterior,
+    register_mixture,
+    running_mixture,
+    stepwise,
+)
 from ltnorm.norms.functional import (
     ImageMoments,
     Sums,
     accumulation_dtype,
     affine_map,
-    by_parts,
     image_moments,
     matmul,
     normalize,
     plain_sums,
 )
 from ltnorm.norms.routing import GroupRule, Momentum, RoutedNorm
-
-MIN_WEIGHT, MIN_VARIANCE = 1e-4, 1e-5
-
-
-class Mixture(NamedTuple):
-    """Parameters of the mixture: weights [K], means [K, C] and variances [K, C]."""
-
-    weight: Tensor
-    mean: Tensor
-    var: Tensor
 
 
 class CompoundBatchNorm(RoutedNorm):
@@ -107,13 +106,7 @@ class CompoundBatchNorm(RoutedNorm):
         self.running_var: Tensor
         self.num_batches_tracked: Tensor
         self.spread: Tensor
-        self.register_buffer("mixing_weight", torch.full((components,), 1 / components))
-        self.register_buffer("running_mean", torch.zeros(components, channels))
-        self.register_buffer("running_var", torch.ones(components, channels))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
-        # Where components start without a route: normal quantiles, so that no two are equal.
-        quantiles = [NormalDist().inv_cdf((k + 0.5) / components) for k in range(components)]
-        self.register_buffer("spread", torch.tensor(quantiles)[:, None], persistent=False)
+        register_mixture(self, components, channels)
 
     def _train(self, x: Tensor) -> Tensor:
         self.check_route(len(x))
@@ -121,14 +114,14 @@ class CompoundBatchNorm(RoutedNorm):
         with torch.no_grad():
             moments = image_moments(x)
             shift = moments.shift
-            mixture = self._running(shift)
+            mixture = running_mixture(self, shift)
             if self.components == 1:
                 r, sums = None, plain_sums(moments)
             else:
                 if self._may_be_fresh():
                     mixture = self._start(mixture, moments, sync)
-                r = self._apply_route(self._posterior(x, shift, mixture, moments))
-                sums = self._sums(x, moments, r)
+                r = self._apply_route(self._posterior(x, mixture, shift, moments))
+                sums = component_sums(x, moments, r)
             if sync:
                 sums = distributed.sums_over_ranks(sums, shift)
             share, mean, var = self._m_step(sums, mixture, positions=x.shape[2])
@@ -139,21 +132,14 @@ class CompoundBatchNorm(RoutedNorm):
         with torch.no_grad():
             # Each image by itself: the point near the data is that of the running mixture.
             dtype = accumulation_dtype(x.dtype)
-            shift = (self.mixing_weight.to(dtype)[:, None] * self.running_mean.to(dtype)).sum(0)
-            mixture = self._running(shift)
+            shift = centre(self, dtype)
+            mixture = running_mixture(self, shift)
             r = None
             if self.components > 1:  # constant for forward-mode differentiation, too
-                r = self._posterior(x, shift, mixture).detach()
+                r = self._posterior(x, mixture, shift).detach()
         scale = self.weight.to(dtype) * torch.rsqrt(mixture.var + self.eps)
         offset = self.bias.to(dtype) - (mixture.mean + shift) * scale
         return affine_map(x, r, scale, offset).to(x.dtype)
-
-    def _running(self, shift: Tensor) -> Mixture:
-        """The running mixture, with means relative to `shift`."""
-        weight, mean, var = (
-            b.to(shift.dtype) for b in (self.mixing_weight, self.running_mean, self.running_var)
-        )
-        return Mixture(weight, mean - shift, var)
 
     # The batch counter as the last training step left it: where it still is so, the mixture has
     # started. The start is a torch.where on that counter; this only saves it where it is moot.
@@ -197,30 +183,13 @@ class CompoundBatchNorm(RoutedNorm):
         )
 
     def _posterior(
-        self, x: Tensor, shift: Tensor, mixture: Mixture, moments: ImageMoments | None = None
+        self, x: Tensor, mixture: Mixture, shift: Tensor, moments: ImageMoments | None = None
     ) -> Tensor:
-        """The E-step: r [N, K] from the images' moments (around shift), or [N, K, L].
-
-        The log-density is two products and a constant, so that [M, K, C] is never materialised.
-        """
-        sharpness = -0.5 / (self.temperature * self.channels**0.5)
-        precision = mixture.var.reciprocal()
-        weighted = mixture.mean * precision
-        constant = torch.addcmul(mixture.var.log(), mixture.mean, weighted).sum(1)
-        prior = torch.add(mixture.weight.log(), constant, alpha=sharpness)
-        weighted, precision = (-2 * sharpness) * weighted, sharpness * precision
-        if self.assign == "image":
-            moments = moments or image_moments(x, shift)
-            logits = matmul(moments.first, weighted.T) + matmul(moments.second, precision.T)
-            return torch.softmax(logits + prior, dim=1)
-        target = shift[:, None]
-
-        def posterior(x: Tensor) -> Tensor:
-            centred = x.to(target.dtype) - target
-            logits = matmul(weighted, centred) + prior[:, None]
-            return torch.softmax(logits.add_(matmul(precision, centred.square_())), dim=1)
-
-        return by_parts(posterior, x)
+        sharpness = 1 / (self.temperature * self.channels**0.5)
+        if self.assign == "position":
+            return posterior(x, mixture, shift, None, sharpness)
+        moments = moments or image_moments(x, shift)
+        return posterior(x, mixture, shift, moments, sharpness)
 
     def _apply_route(self, r: Tensor) -> Tensor:
         """Images with a class group belong to its component alone."""
@@ -229,20 +198,6 @@ class CompoundBatchNorm(RoutedNorm):
         shape = (-1, 1) if r.dim() == 2 else (-1, 1, 1)
         member = self.one_hot(r.dtype).view(*r.shape[:2], *shape[2:])
         return torch.where(self.routed.view(shape) >= 0, member, r)
-
-    def _sums(self, x: Tensor, moments: ImageMoments, r: Tensor) -> Sums:
-        if r.dim() == 2:
-            return Sums(r.sum(0), matmul(r.T, moments.first), matmul(r.T, moments.second))
-        target = moments.shift[:, None]
-
-        def powers(r: Tensor, x: Tensor) -> Tensor:
-            centred = (x.to(target.dtype) - target).transpose(1, 2)
-            first = matmul(r, centred)
-            return torch.stack([first, matmul(r, centred.square_())], dim=1)
-
-        count, sums = r.sum((0, 2)), by_parts(powers, r, x).sum(0)
-        positions = x.shape[2]
-        return Sums(count / positions, *(sums / positions))
 
     def _m_step(
         self, sums: Sums, mixture: Mixture, positions: int
@@ -269,32 +224,16 @@ class CompoundBatchNorm(RoutedNorm):
         shift: Tensor,
         positions: int,
     ) -> None:
-        """One step of stepwise EM, from sums, so that nothing is divided by a component's count.
-
-        One component follows BatchNorm's own rule (unbiased variance).
-        """
-        a, total = self.momentum, sums.count.sum()
+        """One step of stepwise EM; one component follows BatchNorm's own rule (unbiased)."""
         counter = self.num_batches_tracked
         counter += 1
         if self.components == 1:
-            unbiased = var * (total * positions / (total * positions - 1))
-            self.running_mean.lerp_((mean + shift).to(self.running_mean.dtype), a)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), a)
+            total = sums.count.sum() * positions
+            unbiased = var * (total / (total - 1))
+            self.running_mean.lerp_((mean + shift).to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             return
-        share = sums.count / total
-        weight = torch.lerp(mixture.weight, share, a).clamp_min(MIN_WEIGHT)
-        weight = weight / weight.sum()
-        rate, share = (a / weight)[:, None], share[:, None]
-        # First and second moment take the same step, which is that of mean and variance.
-        raw = torch.addcmul(mixture.var, mixture.mean, mixture.mean)
-        mean = mixture.mean + rate * torch.addcmul(
-            sums.first / total, share, mixture.mean, value=-1
-        )
-        raw = raw + rate * torch.addcmul(sums.second / total, share, raw, value=-1)
-        self.mixing_weight.copy_(weight)
-        self.running_mean.copy_(mean + shift)
-        var = torch.addcmul(raw, mean, mean, value=-1)
-        self.running_var.copy_(var.clamp_min(MIN_VARIANCE))
+        keep(self, stepwise(mixture, sums, self.momentum), shift)
         if not torch.compiler.is_compiling():
             self._counted = (id(counter), counter._version)
 

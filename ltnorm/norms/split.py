@@ -8,6 +8,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ltnorm.norms.compound import CompoundBatchNorm
+from ltnorm.norms.em import running_mixture
 from ltnorm.norms.functional import accumulation_dtype, affine_map
 from ltnorm.norms.routing import GroupRule, Momentum
 
@@ -78,7 +79,8 @@ class SplitBatchNorm(CompoundBatchNorm):
     def _evaluate(self, x: Tensor) -> Tensor:
         if self.evaluation == "posterior" or self.components == 1:
             return super()._evaluate(x)
-        mixture = self._running(torch.zeros((), dtype=accumulation_dtype(x.dtype), device=x.device))
+        zero = torch.zeros((), dtype=accumulation_dtype(x.dtype), device=x.device)
+        mixture = running_mixture(self, zero)
         tau = mixture.weight if self.evaluation == "pooled" else torch.ones_like(mixture.weight)
         tau = (tau / tau.sum())[:, None]
         mean = (tau * mixture.mean).sum(0, keepdim=True)
