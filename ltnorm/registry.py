@@ -39,7 +39,7 @@ class Entry:
 _BN = "Ioffe & Szegedy 2015, arXiv 1502.03167"
 _CBN = "Cheng et al. 2022, arXiv 2212.01007 (reimplemented from the abstract)"
 _RESNET = "He et al. 2016, arXiv 1512.03385"
-_SPLIT_PATH = "ltnorm.training.objective:RoutedPath"
+_ROUTED_PATH = "ltnorm.training.objective:RoutedPath"
 _DUAL_PATH = "ltnorm.training.dual:DualPath"
 
 NORMS = {
@@ -49,11 +49,52 @@ NORMS = {
         "group normalization; no statistics shared between images",
         "Wu & He 2018, arXiv 1803.08494",
     ),
+    "ln": Entry(
+        "ltnorm.norms.group:LayerNorm",
+        "layer normalization: one group of all channels of an image",
+        "Ba et al. 2016, arXiv 1607.06450",
+    ),
+    "in": Entry(
+        "ltnorm.norms.group:InstanceNorm",
+        "instance normalization: each channel of an image by itself",
+        "Ulyanov et al. 2016, arXiv 1607.08022",
+    ),
+    "frn": Entry(
+        "ltnorm.norms.response:FilterResponseNorm",
+        "filter response normalization: divided by the root mean square, no mean subtracted",
+        "Singh & Krishnan 2020, arXiv 1911.09737",
+    ),
+    "brn": Entry(
+        "ltnorm.norms.renorm:BatchRenorm",
+        "batch renormalization: training corrects the batch towards the running moments",
+        "Ioffe 2017, arXiv 1702.03275",
+    ),
+    "nbn": Entry(
+        "ltnorm.norms.nbn:NormalizedBatchNorm",
+        "batch normalization with weight and bias as unit vectors times learned scalars",
+        "Bao et al. 2025, arXiv 2501.03122",
+    ),
+    "balanced": Entry(
+        "ltnorm.norms.balanced:BalancedBatchNorm",
+        "batch normalization to whose statistics class groups contribute equally",
+        "after Su et al. 2024, arXiv 2309.14949",
+        objective=_ROUTED_PATH,
+    ),
     "split": Entry(
         "ltnorm.norms.split:SplitBatchNorm",
         "batch normalization with statistics of its own for each class group",
         _CBN,
-        objective=_SPLIT_PATH,
+        objective=_ROUTED_PATH,
+    ),
+    "mode": Entry(
+        "ltnorm.norms.mode:ModeNorm",
+        "mode normalization: a learned gate assigns images to modes",
+        "Deecke et al. 2019, arXiv 1810.05466",
+    ),
+    "mixture": Entry(
+        "ltnorm.norms.mixture:MixtureNorm",
+        "mixture normalization: a Gaussian mixture fitted to each batch by EM",
+        "Kalayeh & Shah 2019, arXiv 1806.02892",
     ),
     "compound": Entry(
         "ltnorm.norms.compound:CompoundBatchNorm",
@@ -61,6 +102,7 @@ NORMS = {
         _CBN,
         objective=_DUAL_PATH,
     ),
+    "none": Entry("ltnorm.norms.identity:Identity", "no normalization, weight and bias alone", "-"),
 }
 
 LOSSES = {

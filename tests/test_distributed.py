@@ -15,6 +15,9 @@ CASES = {
     "compound by image": ("compound", {"components": 3}),
     "compound by position": ("compound", {"components": 3, "assign": "position"}),
     "split": ("split", {"components": 3}),
+    "balanced": ("balanced", {"components": 3}),
+    "brn": ("brn", {"warmup": 0, "ramp": 2}),
+    "nbn": ("nbn", {}),
 }
 STEPS = 3
 
@@ -34,7 +37,7 @@ def batches(case):
     torch.manual_seed(1)
     for _ in range(STEPS):
         x = torch.randn(8, 4, 3, 3) + 3 * torch.randn(8, 4, 1, 1) + 20
-        low = 0 if case == "split" else -1
+        low = 0 if case in ("split", "balanced") else -1
         yield x, torch.randn(8, 4, 3, 3), torch.randint(low, 3, (8,))
 
 

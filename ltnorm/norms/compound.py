@@ -126,6 +126,18 @@ class CompoundBatchNorm(RoutedNorm):
                 sums = distributed.sums_over_ranks(sums, shift)
             share, mean, var = self._m_step(sums, mixture, positions=x.shape[2])
             self._update(sums, mixture, mean, var, shift, positions=x.shape[2])
+        return self._normalize_batch(x, r, share, mean, var, shift, sync)
+
+    def _normalize_batch(
+        self,
+        x: Tensor,
+        r: Tensor | None,
+        share: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        shift: Tensor,
+        sync: bool,
+    ) -> Tensor:
         return normalize(x, r, share, mean, var, self.weight, self.bias, shift, self.eps, sync)
 
     def _evaluate(self, x: Tensor) -> Tensor:

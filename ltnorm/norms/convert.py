@@ -67,16 +67,19 @@ def _converted(path: str, source: nn.Module, name: str, options: dict[str, Any])
 @torch.no_grad()
 def _carry(source: nn.Module, layer: nn.Module) -> None:
     """What both layers have, broadcast over components."""
-    for key in ("weight", "bias"):
-        parameter = getattr(layer, key, None)
-        if parameter is None:
+    ones = torch.ones_like(source.running_mean)
+    given = {"weight": (source.weight, ones), "bias": (source.bias, torch.zeros_like(ones))}
+    values = {key: default if own is None else own for key, (own, default) in given.items()}
+    if hasattr(layer, "set_affine"):
+        layer.set_affine(**values)
+    for name, parameter in layer.named_parameters():
+        key = name.partition("_")[0]  # weight, or what scales it
+        if key not in given:
             continue
-        given = getattr(source, key)
-        if given is None:
-            parameter.requires_grad_(False)
-        else:
-            parameter.copy_(given.expand_as(parameter))
-            parameter.requires_grad_(given.requires_grad)
+        own, _ = given[key]
+        if not hasattr(layer, "set_affine"):
+            parameter.copy_(values[key].expand_as(parameter))
+        parameter.requires_grad_(own is not None and own.requires_grad)
     for key in ("running_mean", "running_var"):
         if getattr(layer, key, None) is not None:
             getattr(layer, key).copy_(getattr(source, key))

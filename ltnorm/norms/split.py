@@ -8,7 +8,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from ltnorm.norms.compound import CompoundBatchNorm
-from ltnorm.norms.em import running_mixture
+from ltnorm.norms.em import pool, running_mixture
 from ltnorm.norms.functional import accumulation_dtype, affine_map
 from ltnorm.norms.routing import GroupRule, Momentum
 
@@ -82,8 +82,6 @@ class SplitBatchNorm(CompoundBatchNorm):
         zero = torch.zeros((), dtype=accumulation_dtype(x.dtype), device=x.device)
         mixture = running_mixture(self, zero)
         tau = mixture.weight if self.evaluation == "pooled" else torch.ones_like(mixture.weight)
-        tau = (tau / tau.sum())[:, None]
-        mean = (tau * mixture.mean).sum(0, keepdim=True)
-        var = (tau * (mixture.var + (mixture.mean - mean).square())).sum(0, keepdim=True)
+        mean, var = pool(tau, mixture.mean, mixture.var)
         scale = self.weight.to(var.dtype) * torch.rsqrt(var + self.eps)
         return affine_map(x, None, scale, self.bias.to(var.dtype) - mean * scale).to(x.dtype)

@@ -1,0 +1,32 @@
+"""No normalization: what a network does without."""
+
+import torch
+from torch import Tensor, nn
+
+from ltnorm.norms.layer import ChannelNorm
+
+
+class Identity(ChannelNorm):
+    """y = weight * x + bias, per channel; with affine off, y = x.
+
+    The control: it shows what normalization itself is worth. Deep networks may need a lower
+    learning rate to train without it.
+    """
+
+    needs_batch = False
+
+    def __init__(self, channels: int, *, affine: bool = True) -> None:
+        super().__init__(channels, sync=False)
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+
+    def _train(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return x
+        return x * self.weight.to(x.dtype)[:, None] + self.bias.to(x.dtype)[:, None]
+
+    _evaluate = _train
+
+    def extra_repr(self) -> str:
+        """Channels and whether there is a weight and a bias."""
+        return f"{self.channels}, affine={self.weight is not None}"

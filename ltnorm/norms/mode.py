@@ -1,0 +1,98 @@
+"""Mode normalization: a learned gate assigns each image to modes with statistics of their own."""
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from ltnorm.norms.em import MIN_VARIANCE
+from ltnorm.norms.functional import accumulation_dtype, affine_map, image_moments
+from ltnorm.norms.layer import ChannelNorm
+from ltnorm.norms.routing import Momentum
+
+
+class ModeNorm(ChannelNorm):
+    """y_n = weight * sum_k g_nk (x_n - m_k) / sqrt(v_k + eps) + bias
+
+    Deecke, Murray & Bilen 2019, arXiv 1810.05466. The gates g_n = softmax(W p_n + c) follow from
+    the image's mean per channel p_n, and are learned with the network, through the statistics,
+    too:
+        m_k = sum_n g_nk p_n / sum_n g_nk
+        v_k = sum_n g_nk mean((x_n - m_k)^2) / sum_n g_nk
+    Evaluation gates each image by itself and uses moving averages of the modes' first and second
+    moments. With components = 1 the batch is normalized as by BN. As in the authors' code W
+    starts small and random (from torch's seed, without drawing from its generator, so that the
+    other weights of a network do not depend on the norm).
+
+    Args:
+        channels: C.
+        components: K, the number of modes.
+        momentum: weight of a new batch in the moving averages, in (0, 1].
+        eps: added to the variance.
+
+    Shapes: input and output [N, C], [N, C, L] or [N, C, H, W]. Batch statistics are those of a
+    rank, also under torch.distributed.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        components: PositiveInt = 2,
+        momentum: Momentum = 0.1,
+        eps: PositiveFloat = 1e-5,
+    ) -> None:
+        super().__init__(channels, sync=False)
+        self.components, self.momentum, self.eps = components, momentum, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        rng = torch.Generator().manual_seed(torch.initial_seed())
+        gate = 0.01 * torch.randn(components, channels, generator=rng, device="cpu")
+        self.gate_weight = nn.Parameter(gate.to(self.weight.device))
+        self.gate_bias = nn.Parameter(torch.zeros(components))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.num_batches_tracked: Tensor
+        self.register_buffer("running_mean", torch.zeros(components, channels))
+        self.register_buffer("running_var", torch.ones(components, channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def _gates(self, pooled: Tensor) -> Tensor:
+        dtype = pooled.dtype
+        logits = pooled @ self.gate_weight.to(dtype).T + self.gate_bias.to(dtype)
+        return logits.softmax(1)
+
+    def _train(self, x: Tensor) -> Tensor:
+        first, second, shift = image_moments(x)
+        gates = self._gates(first + shift)
+        size = gates.sum(0)[:, None].clamp_min(1e-6)
+        mean, raw = gates.T @ first / size, gates.T @ second / size
+        var = (raw - mean.square()).clamp_min(0)
+        self._track(mean.detach() + shift, var.detach())
+        return self._mix(x, gates, mean + shift, var)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        """Moving averages of the first and the second moment: of the variance and a rest."""
+        a, apart = self.momentum, mean - self.running_mean
+        self.running_mean.add_(a * apart)
+        rest = a * (1 - a) * apart.square()
+        self.running_var.lerp_(var.to(self.running_var.dtype), a).add_(rest)
+        self.running_var.clamp_min_(MIN_VARIANCE)
+        self.num_batches_tracked += 1
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        dtype = accumulation_dtype(x.dtype)
+        gates = self._gates(x.mean(2, dtype=dtype))
+        return self._mix(x, gates, self.running_mean.to(dtype), self.running_var.to(dtype))
+
+    def _mix(self, x: Tensor, gates: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        scale = self.weight.to(var.dtype) * torch.rsqrt(var + self.eps)
+        offset = self.bias.to(var.dtype) - mean * scale
+        return affine_map(x, gates, scale, offset).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Channels and the settings that matter."""
+        return (
+            f"{self.channels}, components={self.components}, "
+            f"momentum={self.momentum}, eps={self.eps}"
+        )
