@@ -1,5 +1,8 @@
 """Balanced batch normalization: every class group counts the same, however many images it has."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
@@ -53,6 +56,11 @@ class BalancedBatchNorm(SplitBatchNorm):
             eps=eps,
             sync=sync,
         )
+
+    @staticmethod
+    def check_options(**_: Any) -> Iterator[tuple[str, str]]:
+        """None of these options exclude each other."""
+        return iter(())
 
     def _normalize_batch(
         self,
