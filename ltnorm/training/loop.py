@@ -35,6 +35,18 @@ def diverged(epoch: int, step: int, loss: float, train: Train) -> LtnormError:
     return LtnormError(f"the loss became {loss} in epoch {epoch}, step {step}", advice)
 
 
+def step(
+    objective: SinglePath, optimizer: optim.SGD, images: Tensor, labels: Tensor, bf16: bool
+) -> Tensor:
+    """One update of the weights. Returns the loss, which is still on the device."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        loss = objective(images, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
 def fit(
     objective: SinglePath,
     loader: Loader,
@@ -64,12 +76,7 @@ def fit(
         losses: list[Tensor] = []
         start, images_done = time.perf_counter(), 0
         for images, labels in loader.epoch(epoch):
-            with torch.autocast(loader.device.type, torch.bfloat16, enabled=bf16):
-                loss = objective(images, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
+            losses.append(step(objective, optimizer, images, labels, bf16))
             images_done += len(labels)
             if progress.due():
                 _check(losses[-1:], epoch, len(losses) - 1, train)

@@ -204,7 +204,7 @@ def _save(
     schema.write_bytes(directory / "predictions.npz", arrays.getvalue())
 
 
-def _changed_options(recipe: Recipe) -> str:
+def changed_options(recipe: Recipe) -> str:
     """The options of the norm that are not its defaults: `components=3, dual_path=false`."""
     defaults = registry.options_model("norm", recipe.norm.name)().model_dump()
     changed = {k: v for k, v in recipe.norm.options.items() if v != defaults[k]}
@@ -222,7 +222,7 @@ def _recipe_columns(recipe: Recipe) -> dict[str, Any]:
         "data_seed": recipe.dataset.data_seed,
         "model": recipe.model.name,
         "norm": recipe.norm.name,
-        "norm_options": _changed_options(recipe),
+        "norm_options": changed_options(recipe),
         "loss": recipe.loss.name,
         "tag": recipe.tag,
         "seed": recipe.seed,
