@@ -1,69 +1,76 @@
-"""A whole training step with each norm, against batch normalization.
+"""A whole training step, an evaluation and the memory of each norm and variant.
 
-uv run python tests/benchmarks/bench_norms.py [MODEL [BATCH [ROUNDS]]]
+uv run python tests/benchmarks/bench_norms.py [--model resnet32] [--batch-size 128] [--rounds 15]
+    [--precision fp32] [--device auto]
+
+Against BN, and the dual path also against the same mixture without it. Without --precision:
+fp32, and bf16 where the device multiplies it (elsewhere it is emulated, and slow).
 """
 
-import sys
+import argparse
 
-import torch
-import torch.nn.functional as F
-from timing import medians, table
+from ltnorm import bench
+from ltnorm import recipe as recipes
+from ltnorm.cli.bench import describe, table
+from ltnorm.console import Output
+from ltnorm.training.device import resolve_device, resolve_precision
+from ltnorm.training.run import concrete
 
-from ltnorm import models
-from ltnorm.norms import norm_layer, route
-from ltnorm.training.dual import DualPath
-from ltnorm.training.objective import RoutedPath, SinglePath
-
+ALONE = {"dual_path": False}
+# label: norm, its options, and the label that it is measured against
 VARIANTS = {
-    "bn": ("bn", {}, SinglePath, {}),
-    "gn": ("gn", {}, SinglePath, {}),
-    "split": ("split", {}, RoutedPath, {}),
-    "compound image": ("compound", {}, DualPath, {"dual_path": False}),
-    "compound position": ("compound", {"assign": "position"}, DualPath, {"dual_path": False}),
-    "compound dual": ("compound", {}, DualPath, {}),
-    "compound dual full": ("compound", {}, DualPath, {"aux_gradient": "full"}),
+    "bn": ("bn", {}, "bn"),
+    "gn": ("gn", {}, "bn"),
+    "split": ("split", {}, "bn"),
+    "compound image": ("compound", ALONE, "bn"),
+    "compound position": ("compound", {"assign": "position"} | ALONE, "bn"),
+    "dual": ("compound", {}, "compound image"),
+    "dual full": ("compound", {"aux_gradient": "full"}, "bn"),
 }
 
 
-class Loss(torch.nn.Module):
-    """Cross-entropy."""
-
-    def forward(self, logits, labels):
-        """Mean over the batch."""
-        return F.cross_entropy(logits, labels)
-
-
-def main(model: str = "resnet8", batch: str = "128", rounds: str = "15") -> None:
-    """Print milliseconds a step and the ratio to BN, for training and for evaluation."""
-    torch.manual_seed(0)
-    images = torch.randn(int(batch), 3, 32, 32).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (int(batch),))
-    group = torch.tensor([0] * 5 + [1] * 5)
-    training, evaluating = {}, {}
-    for name, (norm, options, objective, more) in VARIANTS.items():
-        net = models.build(model, 10, norm_layer(norm, **options))
-        path = objective(net.to(memory_format=torch.channels_last), Loss(), group, **more)
-        optimizer = torch.optim.SGD(path.parameters(), 0.01, momentum=0.9)
-
-        def step(path=path, optimizer=optimizer):
-            optimizer.zero_grad()
-            path(images, labels).backward()
-            optimizer.step()
-
-        training[name] = step
-        if "dual" not in name:
-            with route(net, group[labels]):
-                net(images)
-            evaluating[name] = lambda net=net: _evaluate(net, images)
-    print(table(f"{model}, batch {batch}: training step", medians(training, int(rounds)), "bn"))
-    print(table("evaluation", medians(evaluating, int(rounds)), "bn"))
+def main() -> None:
+    """Print one table a precision."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="resnet32")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--precision", choices=("fp32", "bf16"))
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    output = Output()
+    for precision in _precisions(arguments.precision, arguments.device, output):
+        variants = [
+            bench.Variant(label, _recipe(norm, options, precision, arguments), against)
+            for label, (norm, options, against) in VARIANTS.items()
+        ]
+        batch = bench.Batch(arguments.batch_size)
+        rows = bench.measure(variants, batch, arguments.rounds, output.note)
+        conditions = describe(variants[0].recipe, batch, arguments.rounds)
+        output.product(table(rows, conditions))
 
 
-@torch.inference_mode()
-def _evaluate(net: torch.nn.Module, images: torch.Tensor) -> None:
-    net.eval()(images)
-    net.train()
+def _precisions(asked: str | None, device: str, output: Output) -> list[str]:
+    if asked:
+        return [asked]
+    fast, reason = resolve_precision("auto", resolve_device(device))
+    if fast == "bf16":
+        return ["fp32", "bf16"]
+    output.note(f"bf16 is left out: {reason}; --precision bf16 measures it all the same")
+    return ["fp32"]
+
+
+def _recipe(
+    norm: str, options: dict, precision: str, arguments: argparse.Namespace
+) -> recipes.Recipe:
+    data = {
+        "model": {"name": arguments.model},
+        "norm": {"name": norm, **options},
+        "train": {"batch_size": arguments.batch_size, "precision": precision},
+        "device": arguments.device,
+    }
+    return concrete(recipes.validate(data))[0]
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
