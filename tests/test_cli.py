@@ -462,7 +462,9 @@ def test_a_crash_is_not_hidden_and_debug_shows_the_traceback(ltnorm, monkeypatch
     assert answer.code == 2
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list", "norms"], ["compare", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list", "norms"], ["compare", "--help"], ["bench", "--help"]]
+)
 def test_light_commands_do_not_load_torch(arguments):
     code = f"""
 import sys

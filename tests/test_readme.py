@@ -51,6 +51,8 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
         if verb == "train":
             arguments += shlex.split(SMALLER)
             arguments += [] if "cifar10" in command else shlex.split(SMALLER_SYNTHETIC)
+        if verb == "bench":
+            arguments += ["--batch-size", "4", "--rounds", "1"]
         assert main([verb, *arguments]) == 0, f"{command}\n{capsys.readouterr().err}"
         capsys.readouterr()
 

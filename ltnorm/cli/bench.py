@@ -1,7 +1,7 @@
 """`ltnorm bench`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +16,7 @@ def command(
     context: typer.Context,
     norm: Annotated[
         list[str] | None,
-        typer.Option("--norm", help="Norm, may be repeated (all of `ltnorm list norms`)."),
+        typer.Option("--norm", help="Norm, may be repeated (the recipe's, or all)."),
     ] = None,
     baseline: Annotated[
         str, typer.Option("--baseline", help="The norm that ratios refer to.")
@@ -62,7 +62,7 @@ def command(
     overrides = recipes.Overrides(
         flags=options.recipe_flags(context.params),
         sets=set_ or (),
-        norms=_norms(norm, baseline),
+        norms=_norms(norm, base, baseline),
     )
     planned = recipes.resolve(base, overrides, kinds=("norm", "model", "loss"))
 
@@ -80,11 +80,13 @@ def command(
     output.document(conditions | {"rows": [dataclasses.asdict(row) for row in rows]})
 
 
-def _norms(asked: Sequence[str] | None, baseline: str) -> list[str]:
-    """The norms to measure, the baseline first where it was not asked for."""
+def _norms(asked: Sequence[str] | None, base: Mapping[str, Any], baseline: str) -> list[str]:
+    """Those asked for, or the recipe's, or all; led by the baseline where it is not among them."""
     from ltnorm import registry
 
-    norms = list(asked or registry.NORMS)
+    section = base.get("norm")
+    named = section.get("name") if isinstance(section, Mapping) else None
+    norms = list(asked or ([str(named)] if named else registry.NORMS))
     return norms if baseline in norms else [baseline, *norms]
 
 
