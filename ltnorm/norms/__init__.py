@@ -3,7 +3,8 @@
 `norm_layer("compound", components=3)` gives the `Callable[[int], nn.Module]` that a model's
 `norm` (or torchvision's `norm_layer`) argument takes; `route(model, groups)` tells the layers
 that need it the class group of each image while training; `convert_norm(model, "compound")`
-replaces the batch normalization of a model that exists already.
+replaces the batch normalization of a model that exists already; `fold(model)` is a copy for
+inference without norms, where they are affine maps in evaluation.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from torch import nn
 
 from ltnorm import registry
 from ltnorm.norms.convert import convert_norm
+from ltnorm.norms.fold import fold
 from ltnorm.norms.routing import RoutedNorm, route
 
-__all__ = ["RoutedNorm", "convert_norm", "norm_layer", "route"]
+__all__ = ["RoutedNorm", "convert_norm", "fold", "norm_layer", "route"]
 
 
 def norm_layer(name: str, **options: Any) -> Callable[[int], nn.Module]:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from ltnorm.norms import distributed
 from ltnorm.norms.functional import (
-    accumulation_dtype,
-    affine_map,
+    as_affine,
     image_moments,
     normalize,
     plain_sums,
@@ -146,12 +145,10 @@ class BatchStatisticsNorm(ChannelNorm):
         """Mean and variance [C] for evaluation."""
         return self.running_mean, self.running_var
 
-    def _evaluate(self, x: Tensor) -> Tensor:
-        dtype = accumulation_dtype(x.dtype)
-        mean, var = (t.to(dtype)[None] for t in self._running())
-        weight, bias = (t.to(dtype)[None] for t in self._scale_and_shift())
-        scale = weight * torch.rsqrt(var + self.eps)
-        return affine_map(x, None, scale, bias - mean * scale).to(x.dtype)
+    def as_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scale and offset [C] of the evaluation."""
+        mean, var = (t.to(dtype) for t in self._running())
+        return as_affine(mean, var, *self._scale_and_shift(), self.eps)
 
     def extra_repr(self) -> str:
         """Channels and the settings that matter."""

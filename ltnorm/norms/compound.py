@@ -33,6 +33,7 @@ from ltnorm.norms.functional import (
     Sums,
     accumulation_dtype,
     affine_map,
+    as_affine,
     image_moments,
     matmul,
     normalize,
@@ -140,17 +141,26 @@ class CompoundBatchNorm(RoutedNorm):
     ) -> Tensor:
         return normalize(x, r, share, mean, var, self.weight, self.bias, shift, self.eps, sync)
 
+    def as_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scale and offset [C] of the evaluation, of one component alone."""
+        if self.components > 1:
+            raise ValueError(f"chooses among its {self.components} components by the image")
+        mean, var = (t[0].to(dtype) for t in (self.running_mean, self.running_var))
+        return as_affine(mean, var, self.weight[0], self.bias[0], self.eps)
+
     def _evaluate(self, x: Tensor) -> Tensor:
+        if self.components == 1:
+            return super()._evaluate(x)
         with torch.no_grad():
             # Each image by itself: the point near the data is that of the running mixture.
             dtype = accumulation_dtype(x.dtype)
             shift = centre(self, dtype)
             mixture = running_mixture(self, shift)
-            r = None
-            if self.components > 1:  # constant for forward-mode differentiation, too
-                r = self._posterior(x, mixture, shift).detach()
-        scale = self.weight.to(dtype) * torch.rsqrt(mixture.var + self.eps)
-        offset = self.bias.to(dtype) - (mixture.mean + shift) * scale
+            # Constant for forward-mode differentiation, too.
+            r = self._posterior(x, mixture, shift).detach()
+        scale, offset = as_affine(
+            mixture.mean + shift, mixture.var, self.weight, self.bias, self.eps
+        )
         return affine_map(x, r, scale, offset).to(x.dtype)
 
     # The batch counter as the last training step left it: where it still is so, the mixture has

@@ -59,9 +59,14 @@ def _converted(path: str, source: nn.Module, name: str, options: dict[str, Any])
     _carry(source, layer)
     layer.to(source.running_mean.device)
     layer.train(source.training)
-    rest = [(key, getattr(source, key, None)) for key in ("drop", "act")]  # timm's BatchNormAct2d
-    rest = [(key, m) for key, m in rest if m is not None and not isinstance(m, nn.Identity)]
+    rest = activation_of(source)
     return nn.Sequential(OrderedDict([("norm", layer), *rest])) if rest else layer
+
+
+def activation_of(norm: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What a layer does after normalizing (timm's BatchNormAct2d), by name; mostly nothing."""
+    rest = [(key, getattr(norm, key, None)) for key in ("drop", "act")]
+    return [(k, m) for k, m in rest if m is not None and not isinstance(m, nn.Identity)]
 
 
 @torch.no_grad()

@@ -153,6 +153,14 @@ def plain_sums(moments: ImageMoments) -> Sums:
     return Sums(count, *(t.sum(0, keepdim=True) for t in moments[:2]))
 
 
+def as_affine(
+    mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset of weight * (x - mean) / sqrt(var + eps) + bias, of the type of var."""
+    scale = weight.to(var.dtype) * torch.rsqrt(var + eps)
+    return scale, bias.to(var.dtype) - mean * scale
+
+
 def affine_map(x: Tensor, r: Tensor | None, scale: Tensor, offset: Tensor) -> Tensor:
     """x_i * sum_k r_ik scale_k + sum_k r_ik offset_k, for scale and offset [K, C].
 
@@ -223,8 +231,7 @@ def normalize_reference(
     """`normalize` by plain autograd, for one process. Differentiable any number of times."""
     centred = x.to(shift.dtype) - shift[:, None]
     mean, var = _moments_of(centred, r, share, mean, var)
-    scale = weight.to(var.dtype) * torch.rsqrt(var + eps)
-    offset = bias.to(var.dtype) - mean * scale
+    scale, offset = as_affine(mean, var, weight, bias, eps)
     return (centred * spread(r, scale, x) + spread(r, offset, x)).to(x.dtype)
 
 
@@ -257,8 +264,7 @@ class _Normalize(torch.autograd.Function):
         eps: float,
         sync: bool,
     ) -> Tensor:
-        scale = weight.to(var.dtype) * torch.rsqrt(var + eps)
-        offset = bias.to(var.dtype) - (mean + shift) * scale
+        scale, offset = as_affine(mean + shift, var, weight, bias, eps)
         if r is not None and r.dim() == 3:
             # Never a view: an activation may write into what this returns.
             return _write_by_parts(

@@ -5,12 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltnorm.norms.functional import accumulation_dtype, affine_map
+
 
 class ChannelNorm(nn.Module):
     """A layer over channels, written once for x [N, C, L], with L positions an image.
 
-    Subclasses give `_train` and `_evaluate`, [N, C, L] -> [N, C, L]. Autocast is off inside: they
-    choose their own precision.
+    Subclasses give `_train`, [N, C, L] -> [N, C, L], and `as_affine` if evaluation is one affine
+    map a channel, `_evaluate` if it is another function. Autocast is off inside: they choose
+    their own precision.
 
     Attributes:
         channels: C.
@@ -44,8 +47,17 @@ class ChannelNorm(nn.Module):
     def _train(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def as_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The evaluation as one affine map a channel: scale and offset, [C] each, of `dtype`.
+
+        Raises:
+            ValueError: it is not one; the message is the reason, of which the layer is subject.
+        """
+        raise ValueError("normalizes each image by itself")
+
     def _evaluate(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        scale, offset = self.as_affine(accumulation_dtype(x.dtype))
+        return affine_map(x, None, scale[None], offset[None]).to(x.dtype)
 
     def _check_input(self, x: Tensor) -> None:
         name = type(self).__name__

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ltnorm.norms.compound import CompoundBatchNorm
 from ltnorm.norms.em import pool, running_mixture
-from ltnorm.norms.functional import accumulation_dtype, affine_map
+from ltnorm.norms.functional import as_affine
+from ltnorm.norms.layer import ChannelNorm
 from ltnorm.norms.routing import GroupRule, Momentum
 
 
@@ -76,12 +77,16 @@ class SplitBatchNorm(CompoundBatchNorm):
             self.require_route()
         super().check_route(images)
 
-    def _evaluate(self, x: Tensor) -> Tensor:
+    def as_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scale and offset [C] of the evaluation with pooled or balanced statistics."""
         if self.evaluation == "posterior" or self.components == 1:
-            return super()._evaluate(x)
-        zero = torch.zeros((), dtype=accumulation_dtype(x.dtype), device=x.device)
-        mixture = running_mixture(self, zero)
+            return super().as_affine(dtype)
+        mixture = running_mixture(self, self.running_mean.new_zeros((), dtype=dtype))
         tau = mixture.weight if self.evaluation == "pooled" else torch.ones_like(mixture.weight)
         mean, var = pool(tau, mixture.mean, mixture.var)
-        scale = self.weight.to(var.dtype) * torch.rsqrt(var + self.eps)
-        return affine_map(x, None, scale, self.bias.to(var.dtype) - mean * scale).to(x.dtype)
+        return as_affine(mean[0], var[0], self.weight[0], self.bias[0], self.eps)
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        if self.evaluation == "posterior":
+            return super()._evaluate(x)
+        return ChannelNorm._evaluate(self, x)
