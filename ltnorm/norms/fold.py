@@ -80,7 +80,7 @@ def _affine(norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if isinstance(norm, ChannelNorm):
         return norm.as_affine(dtype)
     if not isinstance(norm, _NormBase):
-        raise ValueError(f"({type(norm).__name__}) takes its statistics from each image")
+        raise ValueError(f"({type(norm).__name__}) is another function of each image in evaluation")
     if norm.running_mean is None:
         raise ValueError(f"({type(norm).__name__}) has no running statistics")
     mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)

@@ -37,12 +37,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@torch.compiler.assume_constant_result
 def _matmul_is_exact() -> bool:
     try:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # set by backend, in a way that has no one name
         return False
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler first: seconds.
+_matmul_is_exact._dynamo_marked_constant = True
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

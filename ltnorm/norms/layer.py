@@ -53,7 +53,7 @@ class ChannelNorm(nn.Module):
         Raises:
             ValueError: it is not one; the message is the reason, of which the layer is subject.
         """
-        raise ValueError("normalizes each image by itself")
+        raise ValueError(f"({type(self).__name__}) is another function of each image in evaluation")
 
     def _evaluate(self, x: Tensor) -> Tensor:
         scale, offset = self.as_affine(accumulation_dtype(x.dtype))
