@@ -65,10 +65,12 @@ def _in_parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     There a step's cost is its traffic with memory: what is computed on the way stays in the cache
     if it is small, and a temporary as large as x would want fresh pages besides.
     """
+    if torch.compiler.is_compiling():  # the sizes may be symbols there
+        return [tensors]
     images = len(tensors[0])
     part = max(1, _PART * images // max(1, *(t.numel() for t in tensors)))
     whole = tensors[0].device.type != "cpu" or torch.is_grad_enabled() or part >= images
-    if whole or torch.compiler.is_compiling():
+    if whole:
         return [tensors]
     return list(zip(*(t.split(part) for t in tensors), strict=True))
 
