@@ -37,6 +37,7 @@ def command(
 
     from ltnorm.data.prepare import prepare
     from ltnorm.evaluation.evaluate import evaluate_split
+    from ltnorm.norms.layer import NewerStateError
     from ltnorm.training.device import resolve_device
     from ltnorm.training.run import build_model
 
@@ -50,6 +51,11 @@ def command(
     model = build_model(recipe, len(data.classes), data.image_size)
     try:
         model.load_state_dict(saved.model)
+    except NewerStateError as error:
+        raise LtnormError(
+            f"the checkpoint of {run} cannot be read: {error}",
+            "evaluate it with the version of ltnorm that wrote it",
+        ) from error
     except RuntimeError as error:
         raise LtnormError(
             f"the checkpoint of {run} does not fit its own recipe", "train the run again (--force)"

@@ -13,11 +13,11 @@ from ltnorm.norms.functional import (
     normalize,
     plain_sums,
 )
-from ltnorm.norms.layer import ChannelNorm
+from ltnorm.norms.layer import ChannelNorm, Versioned
 from ltnorm.norms.routing import Momentum
 
 
-class BatchNorm(nn.BatchNorm2d):
+class BatchNorm(Versioned, nn.BatchNorm2d):
     """y = weight * (x - mean) / sqrt(var + eps) + bias, per channel over the batch.
 
     Ioffe & Szegedy 2015, arXiv 1502.03167. Input [N, C], [N, C, L] or [N, C, H, W]. This is

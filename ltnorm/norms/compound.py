@@ -10,7 +10,7 @@ diagonal covariances; responsibilities r, [N, K] a row an image or [N, K, L] a r
 constant for the gradient.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -166,6 +166,10 @@ class CompoundBatchNorm(RoutedNorm):
     # The batch counter as the last training step left it: where it still is so, the mixture has
     # started. The start is a torch.where on that counter; this only saves it where it is moot.
     _counted: tuple[int, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the mark, which is of this very counter."""
+        return {key: value for key, value in super().__getstate__().items() if key != "_counted"}
 
     def _may_be_fresh(self) -> bool:
         if torch.compiler.is_compiling():

@@ -8,7 +8,31 @@ from torch import Tensor, nn
 from ltnorm.norms.functional import accumulation_dtype, affine_map
 
 
-class ChannelNorm(nn.Module):
+class NewerStateError(RuntimeError):
+    """A state dict holds a layer in a version of its state that is not known here."""
+
+
+class Versioned(nn.Module):
+    """A layer that refuses the state of a newer version of itself.
+
+    Its class has the number (`_version`, 1 unless it says otherwise), which `state_dict` keeps in
+    the metadata; a state dict without metadata is of version 1. To change what a layer saves:
+    raise the number, and translate what is older in `_load_from_state_dict`.
+    """
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        version = local_metadata.get("version") or 1
+        if version > self._version:
+            raise NewerStateError(
+                f"layer '{prefix.rstrip('.')}' was saved by a newer release: its state is of "
+                f"version {version}, {type(self).__name__} knows versions up to {self._version}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+class ChannelNorm(Versioned):
     """A layer over channels, written once for x [N, C, L], with L positions an image.
 
     Subclasses give `_train`, [N, C, L] -> [N, C, L], and `as_affine` if evaluation is one affine
@@ -19,10 +43,6 @@ class ChannelNorm(nn.Module):
         channels: C.
         sync: sum batch statistics over the ranks of torch.distributed, where there are several.
     """
-
-    # Of the layer's state dict. To change what is saved: raise it, and translate what is older
-    # in `_load_from_state_dict`.
-    _version = 1
 
     # Without a batch statistic one value a channel is enough to train on.
     needs_batch = True
@@ -68,19 +88,5 @@ class ChannelNorm(nn.Module):
             raise ValueError(f"{name} expects floating point numbers, got {x.dtype}")
         if self.training and self.needs_batch and x.numel() <= self.channels:
             raise ValueError(
-                "expected more than 1 value per channel when training, "
-                f"got input size {list(x.shape)}"
+                f"Expected more than 1 value per channel when training, got input size {x.shape}"
             )
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
-    ) -> None:
-        version = local_metadata.get("version") or 1
-        if version > self._version:
-            *_, errors = rest
-            errors.append(
-                f"{prefix}: saved by a newer ltnorm (version {version} of this layer, "
-                f"known here: {self._version})"
-            )
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +26,10 @@ class RoutedNorm(ChannelNorm):
     components: int
     groups: GroupRule
     routed: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle have of the layer: not the route, which nobody would clear."""
+        return {key: value for key, value in self.__dict__.items() if key != "routed"}
 
     def one_hot(self, dtype: torch.dtype) -> Tensor:
         """The routed groups as [N, K]; a row of zeros where the group is -1."""

@@ -1,7 +1,7 @@
 """Checkpoints: what is needed to evaluate a trained model, and nothing that can run code."""
 
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ NAME = "checkpoint.pt"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model with its recipe and the class counts that it was trained with."""
+    """A trained model with its recipe and the class counts that it was trained with.
+
+    `model` is what `state_dict` gives, whose metadata has the version of each layer's state.
+    """
 
     recipe: str  # YAML
     counts: list[int]
@@ -55,7 +58,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         OSError: it cannot be written (torch's own writer would say so in other ways).
     """
     content = io.BytesIO()
-    torch.save(asdict(checkpoint), content)
+    torch.save(vars(checkpoint), content)
     write_bytes(path, content.getvalue())
 
 

@@ -169,12 +169,15 @@ def _save(
 ) -> None:
     """Everything of a run but its result row; an earlier row is void from here on."""
     (directory / schema.RESULT).unlink(missing_ok=True)
+    state = model.state_dict()
+    for name, value in state.items():  # in place: the dict has the layers' versions besides
+        state[name] = value.cpu()
     saved = checkpoint.Checkpoint(
         recipe=recipe.to_yaml(),
         counts=data.counts,
         index_sha256=data.index_sha256,
         epoch=len(epochs),
-        model={k: v.cpu() for k, v in model.state_dict().items()},
+        model=state,
     )
     checkpoint.save(directory / checkpoint.NAME, saved)
     header = [f.name for f in dataclasses.fields(Epoch)]
