@@ -54,7 +54,7 @@ class InstanceNorm(Versioned, nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize each channel of each image."""
-        if input[0, 0].numel() < 2:
+        if input.shape[2:].numel() < 2:
             raise ValueError(
                 f"expected more than 1 position per image, got input size {list(input.shape)}"
             )

@@ -27,6 +27,13 @@ class Identity(ChannelNorm):
 
     _evaluate = _train
 
+    def as_affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight and bias [C]: ones and zeros without them."""
+        ones = torch.ones(self.channels, dtype=dtype)
+        if self.weight is None:
+            return ones, torch.zeros_like(ones)
+        return self.weight.to(dtype), self.bias.to(dtype)
+
     def extra_repr(self) -> str:
         """Channels and whether there is a weight and a bias."""
         return f"{self.channels}, affine={self.weight is not None}"
