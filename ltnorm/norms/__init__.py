@@ -4,7 +4,8 @@
 `norm` (or torchvision's `norm_layer`) argument takes; `route(model, groups)` tells the layers
 that need it the class group of each image while training; `convert_norm(model, "compound")`
 replaces the batch normalization of a model that exists already; `fold(model)` is a copy for
-inference without norms, where they are affine maps in evaluation.
+inference without norms, where they are affine maps in evaluation; `recalibrate(model, batches)`
+computes running statistics anew.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from torch import nn
 from ltnorm import registry
 from ltnorm.norms.convert import convert_norm
 from ltnorm.norms.fold import fold
+from ltnorm.norms.recalibrate import recalibrate
 from ltnorm.norms.routing import RoutedNorm, route
 
-__all__ = ["RoutedNorm", "convert_norm", "fold", "norm_layer", "route"]
+__all__ = ["RoutedNorm", "convert_norm", "fold", "norm_layer", "recalibrate", "route"]
 
 
 def norm_layer(name: str, **options: Any) -> Callable[[int], nn.Module]:

@@ -104,7 +104,7 @@ def _run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema
     schema.write_text(directory / schema.RECIPE, recipe.to_yaml())
 
     device = resolve_device(recipe.device)
-    loader = _loader(recipe, data, device)
+    loader = build_loader(recipe, data, *data.load("train"), device)
     model = build_model(recipe, len(data.classes), data.image_size)
     objective = build_objective(recipe, model, data.counts)
     objective.to(device=device, memory_format=loader.memory_format)
@@ -145,8 +145,14 @@ def _run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema
     return result
 
 
-def _loader(recipe: Recipe, data: PreparedSet, device: torch.device) -> Loader:
-    images, labels = data.load("train")
+def build_loader(
+    recipe: Recipe,
+    data: PreparedSet,
+    images: np.ndarray,
+    labels: np.ndarray,
+    device: torch.device,
+) -> Loader:
+    """Batches of training images of a prepared set, as the recipe has them."""
     return Loader(
         images,
         labels,
