@@ -143,13 +143,11 @@ def image_moments(x: Tensor, shift: Tensor | None = None) -> ImageMoments:
         shift = x[0].detach().mean(1, dtype=dtype)
     target = shift[:, None]
 
-    def sums(x: Tensor) -> Tensor:
-        # The squared difference in one pass; added up by us, because mse_loss has no dim.
-        square = F.mse_loss(x.to(dtype), target.expand_as(x), reduction="none")
-        return torch.stack([x.sum(2, dtype=dtype), square.sum(2)], dim=1)
+    def square(x: Tensor) -> Tensor:
+        # The squared difference in one pass; averaged by us, because mse_loss has no dim.
+        return F.mse_loss(x.to(dtype), target.expand_as(x), reduction="none").mean(2)
 
-    first, second = (by_parts(sums, x) / x.shape[2]).unbind(1)
-    return ImageMoments(first - shift, second, shift)
+    return ImageMoments(x.mean(2, dtype=dtype) - shift, by_parts(square, x), shift)
 
 
 def plain_sums(moments: ImageMoments) -> Sums:

@@ -25,7 +25,8 @@ VARIANTS = {
     "compound image": ("compound", ALONE, "bn"),
     "compound position": ("compound", {"assign": "position"} | ALONE, "bn"),
     "dual": ("compound", {}, "compound image"),
-    "dual full": ("compound", {"aux_gradient": "full"}, "bn"),
+    "dual position": ("compound", {"assign": "position"}, "compound position"),
+    "dual full": ("compound", {"aux_gradient": "full"}, "compound image"),
 }
 
 
