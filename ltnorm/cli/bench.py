@@ -10,13 +10,16 @@ from ltnorm.cli import options
 from ltnorm.console import Output, grid
 
 DEFAULT_MODEL = "resnet8"
+DEFAULT_NORMS = ("bn", "gn", "split", "compound")
 
 
 def command(
     context: typer.Context,
     norm: Annotated[
         list[str] | None,
-        typer.Option("--norm", help="Norm, may be repeated (the recipe's, or all)."),
+        typer.Option(
+            "--norm", help=f"Norm, may be repeated (the recipe's, or {', '.join(DEFAULT_NORMS)})."
+        ),
     ] = None,
     baseline: Annotated[
         str, typer.Option("--baseline", help="The norm that ratios refer to.")
@@ -81,12 +84,10 @@ def command(
 
 
 def _norms(asked: Sequence[str] | None, base: Mapping[str, Any], baseline: str) -> list[str]:
-    """Those asked for, or the recipe's, or all; led by the baseline where it is not among them."""
-    from ltnorm import registry
-
+    """Those asked for, or the recipe's, or a few; led by the baseline where it is missing."""
     section = base.get("norm")
     named = section.get("name") if isinstance(section, Mapping) else None
-    norms = list(asked or ([str(named)] if named else registry.NORMS))
+    norms = list(asked or ([str(named)] if named else DEFAULT_NORMS))
     return norms if baseline in norms else [baseline, *norms]
 
 
