@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ltnorm import __version__
-from ltnorm.cli import bench, catalogue, compare, evaluate, prepare, train
+from ltnorm.cli import bench, catalogue, compare, evaluate, inspect, prepare, train
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("prepare")(prepare.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
+app.command("inspect")(inspect.command)
 app.command("compare")(compare.command)
 app.command("bench")(bench.command)
 app.command("list")(catalogue.command)

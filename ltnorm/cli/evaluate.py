@@ -38,8 +38,7 @@ def command(
 
     `ltnorm eval results/synthetic-exp100/resnet8-bn-ce/seed0 --recalibrate balanced`
     """
-    from ltnorm.errors import LtnormError, UsageError, did_you_mean
-    from ltnorm.training import checkpoint
+    from ltnorm.errors import UsageError, did_you_mean
 
     output = Output(quiet=quiet, json=json)
     if split not in (None, "test", "val"):
@@ -48,35 +47,12 @@ def command(
         if sampling not in SAMPLINGS:
             hint = did_you_mean(sampling, SAMPLINGS)
             raise UsageError(f"unknown sampling '{sampling}' of --recalibrate", hint)
-    saved = checkpoint.load(run)
-    recipe = saved.parsed_recipe()
 
-    from ltnorm.data.prepare import prepare
     from ltnorm.evaluation.evaluate import evaluate_split
-    from ltnorm.norms.layer import NewerStateError
-    from ltnorm.training.device import resolve_device
-    from ltnorm.training.run import build_model
+    from ltnorm.training.run import load_run
 
-    data = prepare(recipe.dataset, root, data_dir)
-    if data.index_sha256 != saved.index_sha256:
-        raise LtnormError(
-            f"{data.path} does not hold the images that {run} was trained on",
-            "name the prepared set of that run with --data-dir",
-        )
-    where = resolve_device(device or recipe.device)
-    model = build_model(recipe, len(data.classes), data.image_size)
-    try:
-        model.load_state_dict(saved.model)
-    except NewerStateError as error:
-        raise LtnormError(
-            f"the checkpoint of {run} cannot be read: {error}",
-            "evaluate it with the version of ltnorm that wrote it",
-        ) from error
-    except RuntimeError as error:
-        raise LtnormError(
-            f"the checkpoint of {run} does not fit its own recipe", "train the run again (--force)"
-        ) from error
-    model.to(where)
+    trained = load_run(run, root, data_dir, device)
+    recipe, data, model, where = trained.recipe, trained.data, trained.model, trained.device
     split = split or recipe.eval.split
     models = {"trained": model} | _recalibrated(recipe, model, data, recalibrate or (), where)
     measured = {

@@ -151,17 +151,21 @@ class CompoundBatchNorm(RoutedNorm):
     def _evaluate(self, x: Tensor) -> Tensor:
         if self.components == 1:
             return super()._evaluate(x)
+        dtype = accumulation_dtype(x.dtype)
+        mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
+        scale, offset = as_affine(mean, var, self.weight, self.bias, self.eps)
+        return affine_map(x, self.responsibilities(x), scale, offset).to(x.dtype)
+
+    def responsibilities(self, x: Tensor) -> Tensor | None:
+        """r of the running mixture [N, K] or, by position, [N, K, L]; None for one component."""
+        if self.components == 1:
+            return None
         with torch.no_grad():
             # Each image by itself: the point near the data is that of the running mixture.
-            dtype = accumulation_dtype(x.dtype)
-            shift = centre(self, dtype)
-            mixture = running_mixture(self, shift)
-            # Constant for forward-mode differentiation, too.
-            r = self._posterior(x, mixture, shift).detach()
-        scale, offset = as_affine(
-            mixture.mean + shift, mixture.var, self.weight, self.bias, self.eps
-        )
-        return affine_map(x, r, scale, offset).to(x.dtype)
+            shift = centre(self, accumulation_dtype(x.dtype))
+            r = self._posterior(x, running_mixture(self, shift), shift)
+        # Constant for forward-mode differentiation, too.
+        return r.detach()
 
     # The batch counter as the last training step left it: where it still is so, the mixture has
     # started. The start is a torch.where on that counter; this only saves it where it is moot.

@@ -75,6 +75,15 @@ class ChannelNorm(Versioned):
         """
         raise ValueError(f"({type(self).__name__}) is another function of each image in evaluation")
 
+    def responsibilities(self, x: Tensor) -> Tensor | None:
+        """How evaluation assigns x [N, C, L] to components.
+
+        Returns:
+            r [N, K], a row an image, or [N, K, L], a row a position, which sum to 1 over K; None
+            where evaluation assigns nothing.
+        """
+        return None
+
     def _evaluate(self, x: Tensor) -> Tensor:
         scale, offset = self.as_affine(accumulation_dtype(x.dtype))
         return affine_map(x, None, scale[None], offset[None]).to(x.dtype)

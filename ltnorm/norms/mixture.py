@@ -119,15 +119,21 @@ class MixtureNorm(ChannelNorm):
         return posterior(x, mixture, moments.shift, of_images, sharpness=1.0)
 
     def _evaluate(self, x: Tensor) -> Tensor:
+        dtype = accumulation_dtype(x.dtype)
+        buffers = (self.mixing_weight, self.running_mean, self.running_var)
+        weight, mean, var = (b.to(dtype) for b in buffers)
+        scale = self.weight.to(dtype) * torch.rsqrt(var + self.eps)
+        scale = scale * torch.rsqrt(weight)[:, None]
+        offset = self.bias.to(dtype) - mean * scale
+        return affine_map(x, self.responsibilities(x), scale, offset).to(x.dtype)
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        """r of the running mixture: [N, K, L], or [N, K] where images are assigned whole."""
         with torch.no_grad():
             shift = centre(self, accumulation_dtype(x.dtype))
-            mixture = running_mixture(self, shift)
             moments = image_moments(x, shift) if self.assign == "image" else None
-            r = posterior(x, mixture, shift, moments, sharpness=1.0).detach()
-        scale = self.weight.to(shift.dtype) * torch.rsqrt(mixture.var + self.eps)
-        scale = scale * torch.rsqrt(mixture.weight)[:, None]
-        offset = self.bias.to(shift.dtype) - (mixture.mean + shift) * scale
-        return affine_map(x, r, scale, offset).to(x.dtype)
+            r = posterior(x, running_mixture(self, shift), shift, moments, sharpness=1.0)
+        return r.detach()
 
     @torch.no_grad()
     def set_affine(self, weight: Tensor, bias: Tensor) -> None:

@@ -81,9 +81,14 @@ class ModeNorm(ChannelNorm):
         self.num_batches_tracked += 1
 
     def _evaluate(self, x: Tensor) -> Tensor:
-        dtype = accumulation_dtype(x.dtype)
-        gates = self._gates(x.mean(2, dtype=dtype))
-        return self._mix(x, gates, self.running_mean.to(dtype), self.running_var.to(dtype))
+        gates = self.responsibilities(x)
+        return self._mix(
+            x, gates, *(t.to(gates.dtype) for t in (self.running_mean, self.running_var))
+        )
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        """The gates [N, K] of each image."""
+        return self._gates(x.mean(2, dtype=accumulation_dtype(x.dtype)))
 
     def _mix(self, x: Tensor, gates: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         scale = self.weight.to(var.dtype) * torch.rsqrt(var + self.eps)

@@ -86,6 +86,10 @@ class SplitBatchNorm(CompoundBatchNorm):
         mean, var = pool(tau, mixture.mean, mixture.var)
         return as_affine(mean[0], var[0], self.weight[0], self.bias[0], self.eps)
 
+    def responsibilities(self, x: Tensor) -> Tensor | None:
+        """r [N, K] of evaluation by the posterior; None by the other rules."""
+        return super().responsibilities(x) if self.evaluation == "posterior" else None
+
     def _evaluate(self, x: Tensor) -> Tensor:
         if self.evaluation == "posterior":
             return super()._evaluate(x)

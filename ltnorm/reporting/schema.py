@@ -115,6 +115,24 @@ def check_out(out: Path) -> None:
         raise UsageError(f"--out {out} is not writable: {error.strerror or error}", hint) from error
 
 
+def check_file(path: Path, flag: str) -> None:
+    """Check, before work starts, that the file of a flag can be written.
+
+    Raises:
+        UsageError: it is a folder, or its folder is missing or not writable.
+    """
+    hint = f"choose another file with {flag} FILE"
+    if path.is_dir():
+        raise UsageError(f"{flag} {path} is a folder, not a file", hint)
+    try:
+        probe = path.with_name(f".probe.{os.getpid()}")
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{flag} {path} is not writable: {reason}", hint) from error
+
+
 def run_directory(recipe: Recipe, out: Path) -> Path:
     """The directory of a run, claimed for its fingerprint.
 

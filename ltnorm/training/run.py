@@ -15,10 +15,11 @@ from ltnorm import __version__, losses, models, registry
 from ltnorm.console import Output
 from ltnorm.data import class_groups
 from ltnorm.data.loader import Loader
-from ltnorm.data.prepare import PreparedSet
+from ltnorm.data.prepare import PreparedSet, prepare
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.evaluation.evaluate import Evaluation, evaluate_split
 from ltnorm.norms import RoutedNorm, norm_layer
+from ltnorm.norms.layer import NewerStateError
 from ltnorm.recipe import Recipe
 from ltnorm.reporting import schema
 from ltnorm.training import checkpoint
@@ -77,6 +78,54 @@ def check(recipe: Recipe, data: PreparedSet) -> None:
         raise UsageError(
             f"{data.set_id} has no {recipe.eval.split} split", "--val N holds out images"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A finished training: its recipe, the set that it was trained on, the model on a device."""
+
+    recipe: Recipe
+    data: PreparedSet
+    model: nn.Module
+    device: torch.device
+
+
+def load_run(path: Path, root: Path, data_dir: Path, device: str | None = None) -> TrainedRun:
+    """Load what a run has trained, by its checkpoint.
+
+    Args:
+        path: a run's directory, or a checkpoint.
+        root, data_dir: where the raw and the prepared data lie; a set that is missing is prepared.
+        device: where the model goes, by name; None is the recipe's.
+
+    Raises:
+        NothingFound: no checkpoint.
+        UsageError: no such device.
+        LtnormError: the checkpoint is damaged or does not fit, or the prepared set holds other
+            images than those of the run.
+    """
+    saved = checkpoint.load(path)
+    recipe = saved.parsed_recipe()
+    data = prepare(recipe.dataset, root, data_dir)
+    if data.index_sha256 != saved.index_sha256:
+        raise LtnormError(
+            f"{data.path} does not hold the images that {path} was trained on",
+            "name the prepared set of that run with --data-dir",
+        )
+    where = resolve_device(device or recipe.device)
+    model = build_model(recipe, len(data.classes), data.image_size)
+    try:
+        model.load_state_dict(saved.model)
+    except NewerStateError as error:
+        raise LtnormError(
+            f"the checkpoint of {path} cannot be read: {error}",
+            "evaluate it with the version of ltnorm that wrote it",
+        ) from error
+    except RuntimeError as error:
+        raise LtnormError(
+            f"the checkpoint of {path} does not fit its own recipe", "train the run again (--force)"
+        ) from error
+    return TrainedRun(recipe, data, model.to(where), where)
 
 
 def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.Result:
