@@ -25,6 +25,7 @@ if typing.TYPE_CHECKING:
 class Entry:
     """One choice: where its code is ("module:attribute"), what it is, and where it comes from.
 
+    `cost` (norms) is about how long a training step takes in steps of bn (see COST_MEASURED).
     `objective` (norms) names the training objective that the norm asks for; `recipe` (datasets)
     the recipe that `ltnorm train --dataset NAME` starts from.
     """
@@ -32,77 +33,101 @@ class Entry:
     target: str
     summary: str
     source: str
+    cost: str = ""
     objective: str = "ltnorm.training.objective:SinglePath"
     recipe: str = "cifar10-lt"
 
 
 _BN = "Ioffe & Szegedy 2015, arXiv 1502.03167"
-_CBN = "Cheng et al. 2022, arXiv 2212.01007 (reimplemented from the abstract)"
+_CBN = "Cheng et al. 2022, arXiv 2212.01007 (from its abstract)"
 _RESNET = "He et al. 2016, arXiv 1512.03385"
 _ROUTED_PATH = "ltnorm.training.objective:RoutedPath"
 _DUAL_PATH = "ltnorm.training.dual:DualPath"
 
+COST_MEASURED = "a training step in steps of bn: ResNet-32, batch 128, fp32, one CPU core"
+
 NORMS = {
-    "bn": Entry("ltnorm.norms.batch:BatchNorm", "batch normalization, the baseline", _BN),
+    "bn": Entry(
+        "ltnorm.norms.batch:BatchNorm",
+        "batch normalization, the baseline",
+        _BN,
+        cost="1.0x",
+    ),
     "gn": Entry(
         "ltnorm.norms.group:GroupNorm",
         "group normalization; no statistics shared between images",
         "Wu & He 2018, arXiv 1803.08494",
+        cost="1.1x",
     ),
     "ln": Entry(
         "ltnorm.norms.group:LayerNorm",
         "layer normalization: one group of all channels of an image",
         "Ba et al. 2016, arXiv 1607.06450",
+        cost="0.9x",
     ),
     "in": Entry(
         "ltnorm.norms.group:InstanceNorm",
         "instance normalization: each channel of an image by itself",
         "Ulyanov et al. 2016, arXiv 1607.08022",
+        cost="1.5x",
     ),
     "frn": Entry(
         "ltnorm.norms.response:FilterResponseNorm",
         "filter response normalization: divided by the root mean square, no mean subtracted",
         "Singh & Krishnan 2020, arXiv 1911.09737",
+        cost="1.2x",
     ),
     "brn": Entry(
         "ltnorm.norms.renorm:BatchRenorm",
         "batch renormalization: training corrects the batch towards the running moments",
         "Ioffe 2017, arXiv 1702.03275",
+        cost="1.0x",
     ),
     "nbn": Entry(
         "ltnorm.norms.nbn:NormalizedBatchNorm",
         "batch normalization with weight and bias as unit vectors times learned scalars",
         "Bao et al. 2025, arXiv 2501.03122",
+        cost="1.1x",
     ),
     "balanced": Entry(
         "ltnorm.norms.balanced:BalancedBatchNorm",
         "batch normalization to whose statistics class groups contribute equally",
         "after Su et al. 2024, arXiv 2309.14949",
+        cost="1.1x",
         objective=_ROUTED_PATH,
     ),
     "split": Entry(
         "ltnorm.norms.split:SplitBatchNorm",
         "batch normalization with statistics of its own for each class group",
         _CBN,
+        cost="1.1x",
         objective=_ROUTED_PATH,
     ),
     "mode": Entry(
         "ltnorm.norms.mode:ModeNorm",
         "mode normalization: a learned gate assigns images to modes",
         "Deecke et al. 2019, arXiv 1810.05466",
+        cost="1.3x",
     ),
     "mixture": Entry(
         "ltnorm.norms.mixture:MixtureNorm",
         "mixture normalization: a Gaussian mixture fitted to each batch by EM",
         "Kalayeh & Shah 2019, arXiv 1806.02892",
+        cost="1.5x",
     ),
     "compound": Entry(
         "ltnorm.norms.compound:CompoundBatchNorm",
         "normalization by a Gaussian mixture, fitted by moving-average EM, dual-path training",
         _CBN,
+        cost="1.4x, both paths",
         objective=_DUAL_PATH,
     ),
-    "none": Entry("ltnorm.norms.identity:Identity", "no normalization, weight and bias alone", "-"),
+    "none": Entry(
+        "ltnorm.norms.identity:Identity",
+        "no normalization, weight and bias alone",
+        "-",
+        cost="0.9x",
+    ),
 }
 
 LOSSES = {

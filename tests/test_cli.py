@@ -180,6 +180,9 @@ def test_list(ltnorm, kind):
     assert all(name in shown.out for name in names)
     if kind == "norms":
         assert names == list(registry.NORMS)
+        entries = json.loads(ltnorm("list norms --json").out)
+        assert all(entry["cost"].startswith(("0.", "1.")) for entry in entries)
+        assert "ltnorm bench" in shown.out  # what measures the cost elsewhere
 
 
 def test_compare_formats(ltnorm):

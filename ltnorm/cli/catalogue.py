@@ -8,6 +8,8 @@ import typer
 from ltnorm.cli import options
 from ltnorm.console import Output
 
+STYLES = {"name": "bold", "summary": "", "source": "dim", "cost": ""}
+
 
 class Kind(StrEnum):
     """What can be listed."""
@@ -35,7 +37,8 @@ def command(
         from ltnorm import recipe as recipes
 
         rows = [
-            (name, recipes.summary(path), "") for name, path in recipes.shipped_recipes().items()
+            {"name": name, "summary": recipes.summary(path)}
+            for name, path in recipes.shipped_recipes().items()
         ]
     else:
         tables = {
@@ -44,10 +47,18 @@ def command(
             Kind.models: registry.MODELS,
             Kind.datasets: registry.DATASETS,
         }
-        rows = [(name, entry.summary, entry.source) for name, entry in tables[kind].items()]
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for name, summary, source in rows:
-        cells = [Text(name, style="bold"), Text(summary), Text(source, style="dim")]
-        table.add_row(*cells[: 3 if any(r[2] for r in rows) else 2])
+        rows = [
+            {"name": name, "summary": entry.summary, "source": entry.source}
+            | ({"cost": entry.cost} if kind is Kind.norms else {})
+            for name, entry in tables[kind].items()
+        ]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=kind is Kind.norms)
+    for heading in rows[0]:
+        table.add_column(heading, style=STYLES[heading], header_style="", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
     output.product(table)
-    output.document([dict(zip(("name", "summary", "source"), row, strict=True)) for row in rows])
+    if kind is Kind.norms:
+        legend = f"cost: {registry.COST_MEASURED}; `ltnorm bench` measures it on this machine"
+        output.product(Text(legend, style="dim"))
+    output.document(rows)
