@@ -85,7 +85,9 @@ def _write_by_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor
     """As `by_parts`, with a result like the first tensor: each part is rounded as it is written."""
     parts = _in_parts(*tensors)
     if len(parts) == 1:
-        return function(*tensors).to(tensors[0].dtype)
+        y = function(*tensors)
+        # No cast that would be none: compiled by torch 2.11, it cuts the gradient off.
+        return y if y.dtype == tensors[0].dtype else y.to(tensors[0].dtype)
     out = torch.empty_like(tensors[0])
     for target, part in zip(out.split(len(parts[0][0])), parts, strict=True):
         target.copy_(function(*part))
