@@ -6,6 +6,8 @@ import torch
 import torchvision
 from torch import nn
 
+from ltnorm import registry
+from ltnorm.errors import UsageError
 from ltnorm.norms import RoutedNorm, convert_norm, norm_layer, route
 
 
@@ -106,3 +108,33 @@ def test_what_cannot_be_converted_changes_nothing():
 def test_norm_layer_is_what_torchvision_takes():
     model = torchvision.models.resnet18(norm_layer=norm_layer("compound", components=3))
     assert sum(isinstance(m, RoutedNorm) for m in model.modules()) == 20
+
+
+def test_a_shared_layer_stays_shared():
+    model = nn.Module()
+    model.a = model.b = nn.BatchNorm2d(4)
+    convert_norm(model, "gn")
+    assert model.a is model.b
+    assert isinstance(model.a, nn.GroupNorm)
+
+
+@pytest.mark.parametrize("name", list(registry.NORMS))
+def test_dtype_and_device_are_the_sources(name):
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), (3, 6, 6)).double()
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    expected = model(x)
+    converted = convert_norm(copy.deepcopy(model), name)
+    assert {p.dtype for p in converted.parameters()} == {torch.float64}
+    if getattr(converted[1], "running_mean", None) is not None:
+        torch.testing.assert_close(converted(x), expected, rtol=1e-10, atol=1e-10)
+    meta = convert_norm(nn.Sequential(nn.BatchNorm2d(4, device="meta")), name)
+    assert all(t.is_meta for t in [*meta.parameters(), *meta.buffers()])
+
+
+def test_what_cannot_be_converted_is_said_before_anything_changes():
+    with pytest.raises(ValueError, match="no batch normalization to replace"):
+        convert_norm(nn.Sequential(nn.Linear(3, 3)), "compound")
+    with pytest.raises(UsageError, match="unknown norm 'compund'"):
+        convert_norm(nn.Sequential(nn.Linear(3, 3)), "compund")
+    with pytest.raises(ValueError, match=r"layer '0', with its own eps and momentum.*momentum"):
+        convert_norm(nn.Sequential(nn.BatchNorm2d(4, momentum=0.0)), "compound")

@@ -254,3 +254,21 @@ def test_all_reasons_are_told_and_where_tracing_failed():
     assert "layer '2.0' cannot be traced" in text
     assert "layer '1' chooses among" in text
     assert "layer '' is the whole model" in refusal(nn.BatchNorm2d(4))
+
+
+def test_what_else_sees_the_folded_layers_is_refused():
+    hooked = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    hooked[0].register_forward_hook(lambda m, i, o: o.relu())
+    with pytest.raises(ValueError, match="hooks on '0'"):
+        fold(hooked)
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(self.conv(x)) + self.conv.weight.sum()
+
+    with pytest.raises(ValueError, match="parameters, which the model uses elsewhere"):
+        fold(Reads())

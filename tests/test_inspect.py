@@ -368,3 +368,14 @@ print([m for m in ("torch", "numpy", "pandas", "matplotlib") if m in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
+
+
+def test_a_device_or_link_is_written_through(tmp_path):
+    from ltnorm.reporting.schema import write_text
+
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from sklearn.mixture import GaussianMixture
 from timm.layers import FilterResponseNormTlu2d
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ltnorm import registry
 from ltnorm.models import build
@@ -403,3 +404,84 @@ def test_every_norm_keeps_the_memory_format_and_trains_a_network(name):
     assert all(formats)
     assert len(formats) == 5 * 7
     assert math.isfinite(model.eval()(x).sum())
+
+
+@pytest.mark.parametrize("name", ["brn", "compound", "split", "balanced", "mixture", "mode"])
+def test_compiled_gradients_are_of_the_running_state_before_the_step(name):
+    """A compiler must not compute again, in backward, from state that the forward has moved."""
+    torch._dynamo.reset()
+    layer = norm_layer(name)(C)
+    layer.momentum = 0.5
+    for step in range(3):
+        with route(layer, groups_of(layer, 8)):
+            layer(images(seed=step, dtype=torch.float32))
+    layer.num_batches_tracked.fill_(10_000)  # beyond any warm-up
+    reference = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = (2 * images(seed=9, dtype=torch.float32)).requires_grad_()
+    answers = []
+    for trained, forward in ((layer, compiled), (reference, reference)):
+        with route(trained, groups_of(trained, 8)):
+            y = forward(x)
+        answers.append(torch.autograd.grad((y**3).sum(), [x, *trained.parameters()]))
+    for ours, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_gradients_are_right_or_refused(name, use_reentrant):
+    layer = norm_layer(name)(C)
+    layer.momentum = 0.5
+    with route(layer, groups_of(layer, 8)):
+        for step in range(3):
+            layer(images(seed=step, dtype=torch.float32))
+    x = images(seed=9, dtype=torch.float32).requires_grad_()
+    other = copy.deepcopy(layer)
+    with route(other, groups_of(layer, 8)):
+        expected = torch.autograd.grad((other(x) ** 3).sum(), x)[0]
+    with route(layer, groups_of(layer, 8)):
+        y = checkpoint(layer, x, use_reentrant=use_reentrant)
+        if name in ("brn", "compound", "split", "balanced", "mixture"):
+            with pytest.raises(RuntimeError, match="cannot be recomputed in backward"):
+                (y**3).sum().backward()
+            return
+        (y**3).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_layer_made_in_inference_mode_trains(name):
+    with torch.inference_mode():
+        layer = norm_layer(name)(C)
+    for p in layer.parameters():
+        p.requires_grad_(False)
+    with route(layer, groups_of(layer, 8)), torch.inference_mode():
+        layer(images(dtype=torch.float32))
+        assert layer(images(dtype=torch.float32)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.ones(2, C + 1, 3, 3), "expects"),
+        (torch.ones(2, C, 3, 3, dtype=torch.int64), "floating point"),
+        (torch.ones(2, C, 3, 3, 3), "expects"),
+    ],
+)
+def test_every_norm_says_what_it_expects(name, x, message):
+    with pytest.raises(ValueError, match=message):
+        norm_layer(name)(C)(x)
+
+
+@pytest.mark.parametrize("name", ["brn"])
+def test_the_state_of_torchs_batch_norm_loads(name):
+    peer = nn.BatchNorm2d(C)
+    peer(images(dtype=torch.float32))
+    layer = norm_layer(name)(C)
+    layer.load_state_dict(peer.state_dict())
+    x = images(seed=1, dtype=torch.float32)
+    torch.testing.assert_close(layer.eval()(x), peer.eval()(x))
+    with pytest.raises(RuntimeError, match=r"size mismatch|Missing key"):
+        norm_layer("compound")(C).load_state_dict(peer.state_dict())

@@ -160,3 +160,15 @@ def test_eval_refuses_what_cannot_be_recalibrated(ltnorm, failing):
     error = failing(f"eval {directory} --recalibrate natural", code=2)
     assert "gn has no running statistics" in error
     assert "did you mean 'natural'" in failing(f"eval {directory} --recalibrate natral", code=2)
+
+
+def test_batches_may_be_lists_and_renormalization_does_not_pull_to_what_was():
+    model, again = network("brn", warmup=0, ramp=0), network("brn", warmup=0, ramp=0)
+    groups = torch.zeros(8, dtype=torch.int64)
+    recalibrate(model, ([x, groups] for x in batches()))
+    for layer in running_layers(again):
+        layer.running_mean += 3  # stale
+    recalibrate(again, batches())
+    for ours, theirs in zip(running_layers(model), running_layers(again), strict=True):
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+        assert ours.corrects

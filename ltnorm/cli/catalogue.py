@@ -22,7 +22,9 @@ class Kind(StrEnum):
 
 
 def command(
-    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    what: Annotated[
+        str, typer.Argument(metavar="|".join(Kind), help="What to list.", show_default=False)
+    ],
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -31,8 +33,12 @@ def command(
     from rich.text import Text
 
     from ltnorm import registry
+    from ltnorm.errors import UsageError, did_you_mean
 
     output = Output(quiet=quiet, json=json)
+    if what not in list(Kind):
+        raise UsageError(f"nothing to list as '{what}'", did_you_mean(what, list(Kind)))
+    kind = Kind(what)
     if kind is Kind.recipes:
         from ltnorm import recipe as recipes
 

@@ -13,7 +13,7 @@ from ltnorm.norms.functional import (
     normalize,
     plain_sums,
 )
-from ltnorm.norms.layer import ChannelNorm, Versioned
+from ltnorm.norms.layer import ChannelNorm, Versioned, check_input
 from ltnorm.norms.routing import Momentum
 
 
@@ -60,8 +60,7 @@ class BatchNorm(Versioned, nn.BatchNorm2d):
         return y.reshape(x.shape)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in (2, 3, 4):
-            raise ValueError(f"expected 2D, 3D or 4D input (got {input.dim()}D input)")
+        check_input(self, input, self.num_features)
 
 
 class Moments(NamedTuple):

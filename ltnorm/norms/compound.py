@@ -97,6 +97,7 @@ class CompoundBatchNorm(RoutedNorm):
         if components < 1:
             raise ValueError(f"components must be at least 1, got {components}")
         self.components, self.assign = components, assign
+        self.reads_state = components > 1
         self.momentum, self.temperature, self.eps = momentum, temperature, eps
         self.pseudo_count, self.groups = pseudo_count, groups
         rows = components if affine == "component" else 1
@@ -179,7 +180,7 @@ class CompoundBatchNorm(RoutedNorm):
         if torch.compiler.is_compiling():
             return True
         counter = self.num_batches_tracked
-        return self._counted != (id(counter), counter._version)
+        return counter.is_inference() or self._counted != (id(counter), counter._version)
 
     def _start(self, mixture: Mixture, moments: ImageMoments, sync: bool) -> Mixture:
         """Before the first batch the components start at the class groups, or spread out.
@@ -264,7 +265,7 @@ class CompoundBatchNorm(RoutedNorm):
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             return
         keep(self, stepwise(mixture, sums, self.momentum), shift)
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or counter.is_inference()):
             self._counted = (id(counter), counter._version)
 
     def extra_repr(self) -> str:

@@ -18,7 +18,8 @@ def convert_norm(model: nn.Module, name: str, **options: Any) -> nn.Module:
     first training step spreads them, over the class groups or the quantiles of the batch. Norms
     without running statistics keep weight and bias; what they compute is another function.
 
-    Layers with an activation of their own (timm's BatchNormAct2d) keep it, after the norm. A
+    Layers with an activation of their own (timm's BatchNormAct2d) keep it, after the norm, and are
+    named `norm` and `act` below their old name: load pretrained weights before converting. A
     source without weight and bias gets ones and zeros that are not trained.
 
     Args:
@@ -30,11 +31,20 @@ def convert_norm(model: nn.Module, name: str, **options: Any) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: a layer without running statistics, or an option that the norm lacks. Nothing
-            is changed then.
+        ValueError: no such layer in the model, one without running statistics, or an option that
+            the norm lacks. Nothing is changed then.
     """
-    found = {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    made = {path: _converted(path, source, name, options) for path, source in found.items()}
+    from ltnorm.norms import norm_layer
+
+    norm_layer(name, **options)  # what is wrong with these, before any layer
+    found = dict(model.named_modules(remove_duplicate=False))
+    found = {path: m for path, m in found.items() if isinstance(m, _BatchNorm)}
+    if not found:
+        kinds = ", ".join(kind.__name__ for kind in _BatchNorm)
+        raise ValueError(f"the model has no batch normalization to replace ({kinds})")
+    paths = {m: path for path, m in reversed(found.items())}  # a shared layer stays shared
+    new = {m: _converted(path, m, name, options) for m, path in paths.items()}
+    made = {path: new[m] for path, m in found.items()}
     if "" in made:
         return made[""]
     for path, layer in made.items():
@@ -55,9 +65,12 @@ def _converted(path: str, source: nn.Module, name: str, options: dict[str, Any])
     carried = {"eps": source.eps, "momentum": source.momentum}
     known = registry.options_model("norm", name).model_fields
     carried = {k: v for k, v in carried.items() if k in known and v is not None}
-    layer = norm_layer(name, **{**carried, **options})(source.num_features)
+    try:
+        layer = norm_layer(name, **{**carried, **options})(source.num_features)
+    except ValueError as error:
+        raise ValueError(f"layer '{path}', with its own eps and momentum: {error}") from error
+    layer.to(source.running_mean.device, source.running_mean.dtype)
     _carry(source, layer)
-    layer.to(source.running_mean.device)
     layer.train(source.training)
     rest = activation_of(source)
     return nn.Sequential(OrderedDict([("norm", layer), *rest])) if rest else layer

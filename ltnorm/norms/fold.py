@@ -44,7 +44,10 @@ def fold(model: nn.Module) -> nn.Module:
     Example:
         model = fold(convert_norm(torchvision.models.resnet18(), "compound", components=1))
     """
-    model = copy.deepcopy(model).eval()
+    try:
+        model = copy.deepcopy(model).eval()
+    except RuntimeError as error:  # pruned, or reparametrized by hooks
+        raise ValueError(f"this model cannot be folded: it cannot be copied: {error}") from error
     norms = {path: m for path, m in model.named_modules() if _is_norm(m)}
     if not norms:
         return model
@@ -56,7 +59,7 @@ def fold(model: nn.Module) -> nn.Module:
             # Why the norm itself cannot, before where it stands.
             _affine(norm, torch.float32)
             if not failure:
-                pairs.append((_layer_before(model, path, calls), norm))
+                pairs.append((_layer_before(model, path, calls, tracer.read), norm))
         except ValueError as reason:
             reasons.append(f"layer '{path}' {reason}")
     if reasons:
@@ -97,6 +100,7 @@ class _Tracer(fx.Tracer):
     """Traces down to norms and to what they may be folded into."""
 
     failure: str | None = None
+    read: frozenset[str] = frozenset()  # parameters and buffers that forwards use directly
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_norm(m) or _is_layer(m) or super().is_leaf_module(m, module_qualified_name)
@@ -128,13 +132,16 @@ class _Tracer(fx.Tracer):
             if not self.failure:
                 self._fail("the model", error)
             return found
+        self.read = frozenset(n.target for n in graph.nodes if n.op == "get_attr")
         for node in graph.nodes:
             if node.op == "call_module":
                 found[node.target].append(node)
         return found
 
 
-def _layer_before(model: nn.Module, path: str, calls: dict[str, list[fx.Node]]) -> nn.Module:
+def _layer_before(
+    model: nn.Module, path: str, calls: dict[str, list[fx.Node]], read: frozenset[str]
+) -> nn.Module:
     """The convolution whose only use is the norm at `path`; ValueError where there is none."""
     if not path:
         raise ValueError("is the whole model: no convolution is before it")
@@ -156,6 +163,12 @@ def _layer_before(model: nn.Module, path: str, calls: dict[str, list[fx.Node]]) 
         raise ValueError(f"cannot change {name} whose parameters are parametrized")
     if type(module).forward.__module__.partition(".")[0] != "torch":
         raise ValueError(f"cannot change {name} whose class {type(module).__name__} is not torch's")
+    for changed, of in ((path, "its"), (before.target, f"{name} whose")):
+        if any(key.startswith(f"{changed}.") for key in read):
+            raise ValueError(f"cannot change {of} parameters, which the model uses elsewhere")
+        hooked = model.get_submodule(changed)
+        if hooked._forward_hooks or hooked._forward_pre_hooks:
+            raise ValueError(f"cannot be folded: hooks on '{changed}' see what is inside")
     return module
 
 

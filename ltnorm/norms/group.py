@@ -4,10 +4,17 @@ between images, and evaluation is as training."""
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from ltnorm.norms.layer import Versioned
+from ltnorm.norms.layer import Versioned, check_input
 
 
-class GroupNorm(Versioned, nn.GroupNorm):
+class _ImageNorm(Versioned, nn.GroupNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize each image."""
+        check_input(self, input, self.num_channels)
+        return super().forward(input)
+
+
+class GroupNorm(_ImageNorm):
     """y = weight * (x - mean) / sqrt(var + eps) + bias, over groups of channels of one image.
 
     Wu & He 2018, arXiv 1803.08494. Input [N, C], [N, C, L] or [N, C, H, W]. The number of groups
@@ -28,7 +35,7 @@ class GroupNorm(Versioned, nn.GroupNorm):
         super().__init__(max(g for g in range(1, most + 1) if channels % g == 0), channels, eps=eps)
 
 
-class LayerNorm(Versioned, nn.GroupNorm):
+class LayerNorm(_ImageNorm):
     """y = weight * (x - mean) / sqrt(var + eps) + bias, over channels and positions of an image.
 
     Ba, Kiros & Hinton 2016, arXiv 1607.06450, in its form for convolutions: group normalization
@@ -39,7 +46,7 @@ class LayerNorm(Versioned, nn.GroupNorm):
         super().__init__(1, channels, eps=eps)
 
 
-class InstanceNorm(Versioned, nn.GroupNorm):
+class InstanceNorm(_ImageNorm):
     """y = weight * (x - mean) / sqrt(var + eps) + bias, over the positions of one channel.
 
     Ulyanov, Vedaldi & Lempitsky 2016, arXiv 1607.08022: group normalization with C groups, in

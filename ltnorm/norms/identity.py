@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ltnorm.norms.functional import accumulation_dtype
 from ltnorm.norms.layer import ChannelNorm
 
 
@@ -23,7 +24,9 @@ class Identity(ChannelNorm):
     def _train(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return x
-        return x * self.weight.to(x.dtype)[:, None] + self.bias.to(x.dtype)[:, None]
+        dtype = accumulation_dtype(x.dtype)
+        weight, bias = (p.to(dtype)[:, None] for p in (self.weight, self.bias))
+        return (x.to(dtype) * weight + bias).to(x.dtype)
 
     _evaluate = _train
 

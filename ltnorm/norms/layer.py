@@ -15,10 +15,13 @@ class NewerStateError(RuntimeError):
 class Versioned(nn.Module):
     """A layer that refuses the state of a newer version of itself.
 
-    Its class has the number (`_version`, 1 unless it says otherwise), which `state_dict` keeps in
-    the metadata; a state dict without metadata is of version 1. To change what a layer saves:
-    raise the number, and translate what is older in `_load_from_state_dict`.
+    Its class has the number (`_version`), which `state_dict` keeps in the metadata; a state dict
+    without metadata is of version 1. To change what a layer saves: raise the number, and translate
+    what is older in `_load_from_state_dict`. The first is 2, as that of torch's batch
+    normalization, whose state can be loaded where names and shapes agree.
     """
+
+    _version = 2
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
@@ -30,6 +33,20 @@ class Versioned(nn.Module):
                 f"version {version}, {type(self).__name__} knows versions up to {self._version}"
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def check_input(layer: nn.Module, x: Tensor, channels: int) -> None:
+    """Raises ValueError unless x is floating point [N, C], [N, C, L] or [N, C, H, W]."""
+    name = type(layer).__name__
+    if x.dim() not in (2, 3, 4) or x.shape[1] != channels:
+        shapes = f"[N, {channels}], [N, {channels}, L] or [N, {channels}, H, W]"
+        raise ValueError(f"{name} expects {shapes}, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} expects floating point numbers, got {x.dtype}")
 
 
 class ChannelNorm(Versioned):
@@ -46,6 +63,9 @@ class ChannelNorm(Versioned):
 
     # Without a batch statistic one value a channel is enough to train on.
     needs_batch = True
+    # Whether a training forward depends on the running state, which it moves: once done, it
+    # cannot be done again.
+    reads_state = False
 
     def __init__(self, channels: int, sync: bool = True) -> None:
         super().__init__()
@@ -89,12 +109,12 @@ class ChannelNorm(Versioned):
         return affine_map(x, None, scale[None], offset[None]).to(x.dtype)
 
     def _check_input(self, x: Tensor) -> None:
-        name = type(self).__name__
-        if x.dim() not in (2, 3, 4) or x.shape[1] != self.channels:
-            shapes = f"[N, {self.channels}], [N, {self.channels}, L] or [N, {self.channels}, H, W]"
-            raise ValueError(f"{name} expects {shapes}, got {list(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} expects floating point numbers, got {x.dtype}")
+        check_input(self, x, self.channels)
+        if self.training and self.reads_state and _in_backward():
+            raise RuntimeError(
+                f"{type(self).__name__} cannot be recomputed in backward (gradient checkpointing): "
+                "its running state has moved on; keep it outside of the checkpointed segments"
+            )
         if self.training and self.needs_batch and x.numel() <= self.channels:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.shape}"

@@ -58,6 +58,8 @@ class MixtureNorm(ChannelNorm):
     rank, also under torch.distributed.
     """
 
+    reads_state = True
+
     def __init__(
         self,
         channels: int,
@@ -91,16 +93,16 @@ class MixtureNorm(ChannelNorm):
                 size = sums.count[:, None] + 1e-6
                 mean = (sums.first + 1e-6 * fitted.mean) / size
                 raw = (sums.second + 1e-6 * (fitted.var + fitted.mean.square())) / size
-                var = (raw - mean.square()).clamp_min(MIN_VARIANCE)
+                var = (raw - mean.square()).clamp_min(0)
                 weight = (sums.count / sums.count.sum()).clamp_min(MIN_WEIGHT)
-                fitted = Mixture(weight, mean, var)
+                fitted = Mixture(weight, mean, var.clamp_min(MIN_VARIANCE))
             keep(self, stepwise(running, sums, self.momentum), moments.shift)
             self.num_batches_tracked += 1
             share = 1 / (size[:, 0] * x.shape[2])
             strength = torch.rsqrt(fitted.weight)[:, None]
         weight = self.weight.to(strength.dtype) * strength
         rest = (weight, self.bias[None], moments.shift, self.eps)
-        return normalize(x, r, share, fitted.mean, fitted.var, *rest)
+        return normalize(x, r, share, mean, var, *rest)
 
     def _start(self, mixture: Mixture, moments: ImageMoments) -> Mixture:
         """Before the first batch the components are spread over it."""
@@ -138,7 +140,7 @@ class MixtureNorm(ChannelNorm):
     @torch.no_grad()
     def set_affine(self, weight: Tensor, bias: Tensor) -> None:
         """Make `weight` and `bias` [C] those of the whole, while all components are equal."""
-        self.weight.copy_(weight / self.components**0.5)
+        self.weight.copy_(weight * self.mixing_weight.mean().sqrt())
         self.bias.copy_(bias)
 
     def extra_repr(self) -> str:

@@ -64,8 +64,8 @@ class ModeNorm(ChannelNorm):
     def _train(self, x: Tensor) -> Tensor:
         first, second, shift = image_moments(x)
         gates = self._gates(first + shift)
-        size = gates.sum(0)[:, None].clamp_min(1e-6)
-        mean, raw = gates.T @ first / size, gates.T @ second / size
+        share = (gates / gates.sum(0).clamp_min(1e-6)).T
+        mean, raw = share @ first, share @ second
         var = (raw - mean.square()).clamp_min(0)
         self._track(mean.detach() + shift, var.detach())
         return self._mix(x, gates, mean + shift, var)
@@ -74,10 +74,9 @@ class ModeNorm(ChannelNorm):
     def _track(self, mean: Tensor, var: Tensor) -> None:
         """Moving averages of the first and the second moment: of the variance and a rest."""
         a, apart = self.momentum, mean - self.running_mean
-        self.running_mean.add_(a * apart)
-        rest = a * (1 - a) * apart.square()
-        self.running_var.lerp_(var.to(self.running_var.dtype), a).add_(rest)
-        self.running_var.clamp_min_(MIN_VARIANCE)
+        spread = (1 - a) * self.running_var + a * var + a * (1 - a) * apart.square()
+        self.running_mean.copy_(self.running_mean + a * apart)
+        self.running_var.copy_(spread.clamp_min(MIN_VARIANCE))
         self.num_batches_tracked += 1
 
     def _evaluate(self, x: Tensor) -> Tensor:

@@ -60,12 +60,12 @@ class NormalizedBatchNorm(BatchStatisticsNorm):
         """Make `weight` and `bias` [C] those that the layer applies."""
         pairs = ((self.weight, self.weight_scale), (self.bias, self.bias_scale))
         for (vector, scale), value in zip(pairs, (weight, bias), strict=True):
-            vector.copy_(value)
             if scale is None:
+                vector.copy_(value)
                 continue
             scale.copy_(value.norm())
-            if not scale:  # a zero vector has no direction
-                vector.fill_(1)
+            # A zero vector has no direction.
+            vector.copy_(torch.where(value.norm() > 0, value, torch.ones_like(value)))
 
     def extra_repr(self) -> str:
         """Channels and the settings that matter."""

@@ -31,6 +31,7 @@ def recalibrating(model: nn.Module) -> Iterator[None]:
         raise ValueError("the model has no layer with running statistics")
     modes = [(m, m.training) for m in model.modules()]
     momenta = [layer.momentum for layer in layers]
+    correcting = [layer for layer in layers if getattr(layer, "corrects", False)]
     seen = dict.fromkeys(layers, 0)
 
     def count(layer: nn.Module, inputs: Any) -> None:
@@ -42,11 +43,15 @@ def recalibrating(model: nn.Module) -> Iterator[None]:
         model.eval()
         for layer in layers:
             layer.train()
+        for layer in correcting:  # towards the very moments that are to count no more
+            layer.corrects = False
         with torch.no_grad():
             yield
     finally:
         for hook in hooks:
             hook.remove()
+        for layer in correcting:
+            layer.corrects = True
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for module, training in modes:
@@ -74,7 +79,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tenso
     done = 0
     with recalibrating(model):
         for batch in batches:
-            images, groups = batch if isinstance(batch, tuple) else (batch, None)
+            images, groups = batch if isinstance(batch, tuple | list) else (batch, None)
             with nullcontext() if groups is None else route(model, groups):
                 model(images)
             done += 1

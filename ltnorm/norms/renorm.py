@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from ltnorm.norms.batch import BatchStatisticsNorm, Moments
+from ltnorm.norms.functional import hold
 from ltnorm.norms.routing import Momentum
 
 
@@ -31,6 +32,9 @@ class BatchRenorm(BatchStatisticsNorm):
         momentum, eps, sync: as `BatchNorm`.
     """
 
+    reads_state = True
+    corrects = True
+
     def __init__(
         self,
         channels: int,
@@ -47,6 +51,8 @@ class BatchRenorm(BatchStatisticsNorm):
         self.r_max, self.d_max, self.warmup, self.ramp = r_max, d_max, warmup, ramp
 
     def _correct(self, weight: Tensor, bias: Tensor, batch: Moments) -> tuple[Tensor, Tensor]:
+        if not self.corrects:
+            return weight, bias
         with torch.no_grad():
             # A tensor, not a Python number, so that a compiled graph or a CUDA graph stays one.
             batches = self.num_batches_tracked.to(batch.var.dtype)
@@ -57,6 +63,8 @@ class BatchRenorm(BatchStatisticsNorm):
             d = (batch.mean[0] + batch.shift - self.running_mean) / deviation
             r = torch.minimum(torch.maximum(r, 1 / r_max), r_max)
             d = torch.minimum(torch.maximum(d, -d_max), d_max)
+        if torch.compiler.is_compiling():
+            r, d = hold(r), hold(d)
         return weight * r, bias + weight * d
 
     def extra_repr(self) -> str:

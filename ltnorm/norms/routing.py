@@ -77,6 +77,8 @@ def route(model: nn.Module, groups: Tensor) -> Iterator[None]:
             logits = model(images)
     """
     layers = [m for m in model.modules() if isinstance(m, RoutedNorm)]
+    if not isinstance(groups, Tensor):
+        raise ValueError(f"groups must be an int64 tensor [N], got {type(groups).__name__}")
     if groups.dim() != 1 or groups.dtype.is_floating_point or groups.dtype == torch.bool:
         raise ValueError(f"groups must be int64 [N], got {groups.dtype} {list(groups.shape)}")
     if layers and groups.numel() and groups.device.type == "cpu":

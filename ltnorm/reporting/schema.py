@@ -125,9 +125,10 @@ def check_file(path: Path, flag: str) -> None:
     if path.is_dir():
         raise UsageError(f"{flag} {path} is a folder, not a file", hint)
     try:
-        probe = path.with_name(f".probe.{os.getpid()}")
-        probe.touch()
-        probe.unlink()
+        if not path.exists() or path.is_file():  # a device needs no room in its folder
+            probe = path.with_name(f".probe.{os.getpid()}")
+            probe.touch()
+            probe.unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{flag} {path} is not writable: {reason}", hint) from error
@@ -197,7 +198,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; a link or a device is written through, not replaced."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_bytes(content)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)

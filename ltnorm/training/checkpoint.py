@@ -74,6 +74,9 @@ def load(path: Path) -> Checkpoint:
         path = path / NAME
     if not path.is_file():
         hint = "name a run's directory, as `ltnorm train` prints it"
+        below = sorted(path.parent.glob(f"**/{NAME}")) if path.name == NAME else []
+        if below:
+            hint = f"name a run's directory, as {below[0].parent}"
         if (path.parent / RESULT).is_file():
             hint = "this run is kept without its checkpoint; `ltnorm train --recipe` repeats it"
         raise NothingFound(f"no checkpoint at {path}", hint)
@@ -82,7 +85,7 @@ def load(path: Path) -> Checkpoint:
     except Exception as error:  # torch raises many kinds for a damaged file
         raise LtnormError(
             f"{path} is damaged or not a checkpoint ({type(error).__name__})",
-            "train the run again: `ltnorm train --force` with the same flags",
+            f"name a run's directory or its {NAME}; if that is damaged, `ltnorm train --force`",
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
