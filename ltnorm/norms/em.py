@@ -76,7 +76,8 @@ def posterior(
     prior = torch.add(weight.log(), constant, alpha=-0.5 * sharpness)
     weighted, precision = sharpness * weighted, (-0.5 * sharpness) * precision
     if moments is not None:
-        logits = matmul(moments.first, weighted.T) + matmul(moments.second, precision.T)
+        # One product for both moments: small ones cost more to start than to do.
+        logits = matmul(moments.both, torch.cat([weighted, precision], dim=1).T)
         return torch.softmax(logits + prior, dim=1)
     target = shift[:, None]
 
@@ -91,7 +92,7 @@ def posterior(
 def component_sums(x: Tensor, moments: ImageMoments, r: Tensor) -> Sums:
     """What the batch says of each component, for r [N, K] or [N, K, L]."""
     if r.dim() == 2:
-        return Sums(r.sum(0), matmul(r.T, moments.first), matmul(r.T, moments.second))
+        return Sums(r.sum(0), *matmul(r.T, moments.both).chunk(2, dim=1))
     target = moments.shift[:, None]
 
     def powers(r: Tensor, x: Tensor) -> Tensor:

@@ -148,6 +148,11 @@ class ImageMoments(NamedTuple):
     second: Tensor
     shift: Tensor
 
+    @property
+    def both(self) -> Tensor:
+        """First and second, side by side: [N, 2 C]."""
+        return torch.cat([self.first, self.second], dim=1)
+
 
 def image_moments(x: Tensor, shift: Tensor | None = None) -> ImageMoments:
     """The moments of each image of x [N, C, L], around `shift` or a point near the batch's mean.
@@ -188,12 +193,12 @@ def affine_map(x: Tensor, r: Tensor | None, scale: Tensor, offset: Tensor) -> Te
 
     The result is of the type of scale and offset.
     """
-    y = spread(r, offset, x)
     if r is None or r.dim() == 2:
-        a = spread(r, scale, x)
+        y, a = spread(r, torch.cat([offset, scale], dim=1), x).chunk(2, dim=-2)
         if x.stride(1) == 1:  # faster in one pass, unless broadcast along what lies together
             return torch.addcmul(y, x.to(a.dtype), a)
         return x.to(a.dtype) * a + y
+    y = spread(r, offset, x)
     if torch.is_grad_enabled():
         return torch.addcmul(y, x.to(y.dtype), spread(r, scale, x))
     for part, values, share in _in_parts(y, x, r):
