@@ -7,6 +7,7 @@ them; `resnet18` to `resnet50` are torchvision's, with a small-image stem where 
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -140,3 +141,38 @@ def resnet50(
 ) -> nn.Module:
     """torchvision's ResNet-50; `stem` is a 3x3 convolution for small images, or ImageNet's."""
     return _torchvision_resnet("resnet50", num_classes, norm, image_size, stem)
+
+
+class CosineLinear(nn.Linear):
+    """y_c = scale cos(x, W_c) = scale x . W_c / (|x| |W_c|), a classifier without bias
+
+    The classifier of LDAM (Cao et al. 2019, arXiv 1906.07413), whose rows W_c start with uniform
+    directions in a cube and length one.
+
+    Args:
+        in_features, out_features: as `torch.nn.Linear`.
+        scale: the largest logit.
+
+    Shapes: [N, in_features] -> [N, out_features].
+    """
+
+    def __init__(self, in_features: int, out_features: int, scale: float = 30.0) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.scale = scale
+
+    def reset_parameters(self) -> None:
+        """Rows uniform in [-1, 1]^in_features, then of length one."""
+        nn.init.uniform_(self.weight, -1, 1)
+        with torch.no_grad():
+            self.weight.copy_(F.normalize(self.weight, dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_features] -> [N, out_features], in [-scale, scale]."""
+        # The features of an image can all be zero: torch's own eps of 1e-12 makes of that a
+        # gradient of 1e12.
+        x, weight = (F.normalize(v, dim=1, eps=1e-5) for v in (x, self.weight))
+        return self.scale * F.linear(x, weight)
+
+    def extra_repr(self) -> str:
+        """Features and the scale."""
+        return f"{super().extra_repr()}, scale={self.scale:g}"
