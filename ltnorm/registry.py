@@ -26,8 +26,9 @@ class Entry:
     """One choice: where its code is ("module:attribute"), what it is, and where it comes from.
 
     `cost` (norms) is about how long a training step takes in steps of bn (see COST_MEASURED).
-    `objective` (norms) names the training objective that the norm asks for; `recipe` (datasets)
-    the recipe that `ltnorm train --dataset NAME` starts from.
+    `objective` (norms) names the training objective that the norm asks for; `weights` (losses) the
+    class weights that the loss is defined with: none, inverse or effective; `recipe` (datasets) the
+    recipe that `ltnorm train --dataset NAME` starts from.
     """
 
     target: str
@@ -35,6 +36,7 @@ class Entry:
     source: str
     cost: str = ""
     objective: str = "ltnorm.training.objective:SinglePath"
+    weights: str = "none"
     recipe: str = "cifar10-lt"
 
 
@@ -131,7 +133,54 @@ NORMS = {
 }
 
 LOSSES = {
-    "ce": Entry("ltnorm.losses:CrossEntropy", "cross-entropy", "-"),
+    "ce": Entry("ltnorm.image_losses:CrossEntropy", "cross-entropy, the baseline", "-"),
+    "weighted-ce": Entry(
+        "ltnorm.image_losses:CrossEntropy",
+        "cross-entropy, images weighted by the inverse frequency of their class",
+        "-",
+        weights="inverse",
+    ),
+    "focal": Entry(
+        "ltnorm.image_losses:Focal",
+        "focal loss: confident answers count less; softmax or sigmoid",
+        "Lin et al. 2017, arXiv 1708.02002",
+    ),
+    "cb": Entry(
+        "ltnorm.image_losses:ClassBalanced",
+        "class-balanced loss: focal, sigmoid or softmax, by effective number of images",
+        "Cui et al. 2019, arXiv 1901.05555",
+        weights="effective",
+    ),
+    "ldam": Entry(
+        "ltnorm.image_losses:LDAM",
+        "label-distribution-aware margins, with a cosine classifier",
+        "Cao et al. 2019, arXiv 1906.07413",
+    ),
+    "balanced-softmax": Entry(
+        "ltnorm.image_losses:BalancedSoftmax",
+        "cross-entropy of the logits plus log class frequency",
+        "Ren et al. 2020, arXiv 2007.10740",
+    ),
+    "logit-adjust": Entry(
+        "ltnorm.image_losses:LogitAdjustment",
+        "cross-entropy of the logits plus tau times log class frequency",
+        "Menon et al. 2021, arXiv 2007.07314",
+    ),
+    "vs": Entry(
+        "ltnorm.image_losses:VectorScaling",
+        "vector scaling: logits multiplied and shifted by class frequency",
+        "Kini et al. 2021, arXiv 2103.01550",
+    ),
+    "label-aware-smoothing": Entry(
+        "ltnorm.image_losses:LabelAwareSmoothing",
+        "cross-entropy with more label smoothing for the larger classes",
+        "Zhong et al. 2021, arXiv 2104.00466",
+    ),
+    "seesaw": Entry(
+        "ltnorm.image_losses:Seesaw",
+        "frequent classes push rarer ones down less, unless the network errs",
+        "Wang et al. 2021, arXiv 2008.10032",
+    ),
 }
 
 MODELS = {
