@@ -1,46 +1,156 @@
 """Backbones. Every block takes `norm: Callable[[int], nn.Module]`, channels -> layer.
 
+A model's entry in the registry names the function of a family, which takes (variant, num_classes,
+image_size, norm). A family that cannot take `norm` has batch normalization, and `build` converts
+it; so it does where weights are pretrained.
+
 `resnet8` to `resnet56` are the CIFAR networks (He et al. 2016, section 4.2) as LDAM-DRW uses
-them; `resnet18` to `resnet50` are torchvision's, with a small-image stem where images are small.
+them; `timm/NAME` is a model of timm; all others are torchvision's, with a small-image stem where
+images are small.
 """
 
+import difflib
+import importlib.util
+import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from ltnorm import registry
+from ltnorm.errors import UsageError
+from ltnorm.norms import convert_norm
+from ltnorm.pretrained import load_pretrained
 
 NormLayer = Callable[[int], nn.Module]
+Stem = Literal["auto", "small", "imagenet"]
+DropRate = Annotated[float, Field(ge=0, lt=1)]
 
 # Below this height a 7x7 stride-2 stem and a max-pool leave too little to convolve.
 SMALL_IMAGE = 64
 
 
 def build(
-    name: str, num_classes: int, norm: NormLayer, *, image_size: int = 32, **options: Any
+    name: str,
+    num_classes: int,
+    norm: NormLayer,
+    *,
+    image_size: int = 32,
+    pretrained: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+    **options: Any,
 ) -> nn.Module:
-    """Build the backbone `name` of the registry.
+    """Build the backbone `name` of the registry, and try it on an image.
+
+    Convolutions start from the same weights whatever the norm. Batch normalization that is
+    replaced, timm's and where weights are pretrained, leaves its weight and bias (timm's can start
+    at zero) and its running statistics; eps and momentum are always those of `norm`.
 
     Args:
         name: see `ltnorm list models`.
         num_classes: outputs of the classifier.
         norm: makes a norm layer for a number of channels; see `ltnorm.norms.norm_layer`.
         image_size: height of the images; torchvision's networks choose their stem by it.
+        pretrained: a file of weights, see `load_pretrained`.
+        tell: told if the classifier's weights are not taken from the file.
+        options: of the model.
 
     Raises:
-        UsageError: no such model.
+        UsageError: no such model, one without batch normalization or not for such images, or
+            weights that do not fit.
     """
-    return registry.load(registry.lookup("model", name).target)(
-        num_classes, norm, image_size, **options
-    )
+    entry = registry.lookup("model", name)
+    family = partial(registry.load(entry.target), entry.variant, num_classes, image_size)
+    if pretrained is None and "norm" in inspect.signature(family).parameters:
+        model = family(norm, **options)
+    else:
+        model = family(**options)
+        if pretrained is not None:
+            if left_out := load_pretrained(model, pretrained):
+                tell(f"{', '.join(left_out)}: not as in {pretrained}, which has other classes")
+            _check_eps(pretrained, model, norm)
+        model = _with_norm(name, model, norm)
+    _try(name, model, num_classes, image_size)
+    return model
+
+
+def _with_norm(name: str, model: nn.Module, norm: NormLayer) -> nn.Module:
+    try:
+        return convert_norm(model, norm)
+    except ValueError as error:
+        raise UsageError(
+            f"model '{name}' cannot be given a norm: {error}",
+            "choose a model with batch normalization, such as resnet18 or timm/resnet26",
+        ) from error
+
+
+def _check_eps(path: Path, model: nn.Module, norm: NormLayer) -> None:
+    """With another eps, running statistics would make another function of the same weights."""
+    sources = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    if not sources:
+        return
+    layer, trained = norm(sources[0].num_features), {m.eps for m in sources}
+    if hasattr(layer, "running_var") and getattr(layer, "eps", None) not in {None, *trained}:
+        raise UsageError(
+            f"the model of {path} has eps {max(trained):g}, and the norm has {layer.eps:g}",
+            f"--set norm.eps={max(trained):g}",
+        )
+
+
+@torch.no_grad()
+def _try(name: str, model: nn.Module, num_classes: int, image_size: int) -> None:
+    """Evaluate one image: what does not fit together is found before work starts."""
+    size = f"{image_size}x{image_size}"
+    hint = "choose another model, norm or image size"
+    try:
+        logits = model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:  # models check their input in many ways
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UsageError(f"model '{name}' fails on images of {size}: {reason}", hint) from error
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        raise UsageError(f"model '{name}' does not give one logit a class", hint)
+    model.train()
 
 
 def classifier(model: nn.Module) -> nn.Linear:
-    """The model's last linear layer; its input are the features."""
-    return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    """The linear layer that makes the logits, mostly the model's last; its input: the features.
+
+    Raises:
+        UsageError: there is none, or several.
+    """
+    inside = [m for head in heads(model) for m in head.modules()]
+    linear = [m for m in inside if isinstance(m, nn.Linear)]
+    if len(linear) != 1:
+        raise UsageError(
+            f"{type(model).__name__} has {len(linear) or 'no'} linear layers that make its logits, "
+            "where one is needed",
+            "choose a model that ends with a linear layer, such as resnet18",
+        )
+    return linear[0]
+
+
+def replace_classifier(model: nn.Module, new: nn.Linear) -> None:
+    """Put `new` in the place of the classifier.
+
+    Raises:
+        UsageError: there is none, or several.
+    """
+    old = classifier(model)
+    parent, _, attribute = next(k for k, m in model.named_modules() if m is old).rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)
+
+
+def heads(model: nn.Module) -> list[nn.Module]:
+    """What makes the logits: one layer, but for some of timm's models, where it is more."""
+    if not hasattr(model, "get_classifier"):
+        return [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    head = model.get_classifier()
+    return list(head) if isinstance(head, tuple) else [head]
 
 
 class BasicBlock(nn.Module):
@@ -94,53 +204,125 @@ class CifarResNet(nn.Module):
         return self.fc(self.blocks(x).mean(dim=(2, 3)))
 
 
-def _cifar_resnet(depth: int) -> Callable[[int, NormLayer, int], nn.Module]:
-    def make(num_classes: int, norm: NormLayer, image_size: int) -> nn.Module:
-        return CifarResNet(depth, num_classes, norm)
-
-    return make
-
-
-resnet8, resnet14, resnet20, resnet32, resnet44, resnet56 = (
-    _cifar_resnet(depth) for depth in (8, 14, 20, 32, 44, 56)
-)
-
-
-def _torchvision_resnet(
-    name: str, num_classes: int, norm: NormLayer, image_size: int, stem: str
+def cifar_resnet(
+    variant: str, num_classes: int, image_size: int, norm: NormLayer = nn.BatchNorm2d
 ) -> nn.Module:
+    """ResNet of depth `variant`."""
+    return CifarResNet(int(variant), num_classes, norm)
+
+
+def torchvision_resnet(
+    variant: str,
+    num_classes: int,
+    image_size: int,
+    norm: NormLayer | None = None,
+    *,
+    stem: Stem = "auto",
+) -> nn.Module:
+    """A ResNet, ResNeXt or Wide ResNet of torchvision.
+
+    Args:
+        variant: its name there.
+        num_classes: outputs.
+        image_size: height of the images.
+        norm: channels -> layer; None is torchvision's batch normalization.
+        stem: `imagenet` is the original; `small` begins with a 3x3 convolution without a stride,
+            and without max-pool; `auto` is the one for the image size.
+    """
     import torchvision.models
 
-    model = getattr(torchvision.models, name)(num_classes=num_classes, norm_layer=norm)
-    if stem == "small" or (stem == "auto" and image_size < SMALL_IMAGE):
+    model = getattr(torchvision.models, variant)(num_classes=num_classes, norm_layer=norm)
+    if _is_small(stem, image_size):
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
     return model
 
 
-Stem = Literal["auto", "small", "imagenet"]
-
-
-def resnet18(
-    num_classes: int, norm: NormLayer, image_size: int, *, stem: Stem = "auto"
+def mobilenet(
+    variant: str,
+    num_classes: int,
+    image_size: int,
+    norm: NormLayer | None = None,
+    *,
+    stem: Stem = "auto",
 ) -> nn.Module:
-    """torchvision's ResNet-18; `stem` is a 3x3 convolution for small images, or ImageNet's."""
-    return _torchvision_resnet("resnet18", num_classes, norm, image_size, stem)
+    """A MobileNet of torchvision.
+
+    Args:
+        variant: its name there.
+        num_classes: outputs.
+        image_size: height of the images.
+        norm: channels -> layer; None is torchvision's batch normalization.
+        stem: `imagenet` is the original; `small` takes the stride from the first convolution,
+            whose weights keep their shape; `auto` is the one for the image size.
+    """
+    import torchvision.models
+
+    model = getattr(torchvision.models, variant)(num_classes=num_classes, norm_layer=norm)
+    if _is_small(stem, image_size):
+        model.features[0][0].stride = (1, 1)
+    return model
 
 
-def resnet34(
-    num_classes: int, norm: NormLayer, image_size: int, *, stem: Stem = "auto"
+def _is_small(stem: Stem, image_size: int) -> bool:
+    return stem == "small" or (stem == "auto" and image_size < SMALL_IMAGE)
+
+
+def timm_model(
+    variant: str,
+    num_classes: int,
+    image_size: int,
+    *,
+    drop_rate: DropRate = 0.0,
+    drop_path_rate: DropRate = 0.0,
 ) -> nn.Module:
-    """torchvision's ResNet-34; `stem` is a 3x3 convolution for small images, or ImageNet's."""
-    return _torchvision_resnet("resnet34", num_classes, norm, image_size, stem)
+    """A model of timm, as it is for images of any size.
+
+    Args:
+        variant: its name there, without a tag for pretrained weights.
+        num_classes: outputs.
+        image_size: height of the images; makes no difference.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth, where the model has it.
+
+    Raises:
+        UsageError: timm is missing, has no such model, or the model has no such option.
+    """
+    check_timm(variant)
+    import timm
+
+    rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+    rates = {key: rate for key, rate in rates.items() if rate}
+    try:
+        return timm.create_model(variant, num_classes=num_classes, **rates)
+    except TypeError as error:
+        refused = [key for key in rates if key in str(error)]
+        if not refused:
+            raise
+        raise UsageError(
+            f"model 'timm/{variant}' has no {refused[0]}", f"leave out --set model.{refused[0]}"
+        ) from error
 
 
-def resnet50(
-    num_classes: int, norm: NormLayer, image_size: int, *, stem: Stem = "auto"
-) -> nn.Module:
-    """torchvision's ResNet-50; `stem` is a 3x3 convolution for small images, or ImageNet's."""
-    return _torchvision_resnet("resnet50", num_classes, norm, image_size, stem)
+def check_timm(variant: str) -> None:
+    """Check that timm is installed and has a model `variant`.
+
+    Raises:
+        UsageError: one of them is not so.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise UsageError(f"model 'timm/{variant}' needs timm", 'pip install "ltnorm[timm]"')
+    import timm
+
+    names = timm.list_models()
+    if variant in names:
+        return
+    near = difflib.get_close_matches(variant.partition(".")[0], names, n=1)
+    hint = f"did you mean 'timm/{near[0]}'? " if near else ""
+    raise UsageError(
+        f"timm has no model '{variant}'", f"{hint}timm.list_models() has all {len(names)} of them"
+    )
 
 
 class CosineLinear(nn.Linear):

@@ -1,6 +1,6 @@
-"""The only list of what can be chosen by name: norms, losses, models, datasets.
+"""The only list of what can be chosen by name: norms, losses, models, datasets, samplers.
 
-To add one, write a class or function and give it one line here. In all four tables the
+To add one, write a class or function and give it one line here. In all tables the
 convention is the same: positional parameters are supplied by ltnorm, keyword-only parameters
 are the user's options (`--set norm.components=3`), and their annotations validate them.
 
@@ -11,7 +11,7 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -25,10 +25,16 @@ if typing.TYPE_CHECKING:
 class Entry:
     """One choice: where its code is ("module:attribute"), what it is, and where it comes from.
 
-    `cost` (norms) is about how long a training step takes in steps of bn (see COST_MEASURED).
-    `objective` (norms) names the training objective that the norm asks for; `weights` (losses) the
-    class weights that the loss is defined with: none, inverse or effective; `recipe` (datasets) the
-    recipe that `ltnorm train --dataset NAME` starts from.
+    Attributes:
+        cost: of a norm, about how long a training step takes in steps of bn (COST_MEASURED).
+        objective: the training objective that a norm asks for.
+        weights: the class weights that a loss is defined with: none, inverse or effective.
+        cosine: whether a loss is defined on a cosine classifier.
+        variant: of a model, what the target builds, where one function builds a family.
+        check: of a model, what refuses a variant that does not exist, where only a library knows.
+        recipe: the recipe that `ltnorm train --dataset NAME` starts from.
+        size: of a data set, classes, training images a class and image height, where they are
+            known before the data is there.
     """
 
     target: str
@@ -37,12 +43,20 @@ class Entry:
     cost: str = ""
     objective: str = "ltnorm.training.objective:SinglePath"
     weights: str = "none"
+    cosine: bool = False
+    variant: str = ""
+    check: str = ""
     recipe: str = "cifar10-lt"
+    size: tuple[int, int, int] | None = None
 
 
 _BN = "Ioffe & Szegedy 2015, arXiv 1502.03167"
 _CBN = "Cheng et al. 2022, arXiv 2212.01007 (from its abstract)"
 _RESNET = "He et al. 2016, arXiv 1512.03385"
+_KANG = "Kang et al. 2020, arXiv 1910.09217"
+_RESNEXT = "Xie et al. 2017, arXiv 1611.05431"
+_WIDE = "Zagoruyko & Komodakis 2016, arXiv 1605.07146"
+_MOBILENET_V3 = "Howard et al. 2019, arXiv 1905.02244"
 _ROUTED_PATH = "ltnorm.training.objective:RoutedPath"
 _DUAL_PATH = "ltnorm.training.dual:DualPath"
 
@@ -155,6 +169,7 @@ LOSSES = {
         "ltnorm.image_losses:LDAM",
         "label-distribution-aware margins, with a cosine classifier",
         "Cao et al. 2019, arXiv 1906.07413",
+        cosine=True,
     ),
     "balanced-softmax": Entry(
         "ltnorm.image_losses:BalancedSoftmax",
@@ -186,18 +201,56 @@ LOSSES = {
 MODELS = {
     **{
         f"resnet{depth}": Entry(
-            f"ltnorm.models:resnet{depth}", f"CIFAR ResNet-{depth}, option-A shortcuts", _RESNET
+            "ltnorm.models:cifar_resnet",
+            f"CIFAR ResNet-{depth}, option-A shortcuts",
+            _RESNET,
+            variant=str(depth),
         )
         for depth in (8, 14, 20, 32, 44, 56)
     },
     **{
-        f"resnet{depth}": Entry(
-            f"ltnorm.models:resnet{depth}",
-            f"torchvision ResNet-{depth}, 3x3 stem for small images",
-            _RESNET,
+        name: Entry(
+            "ltnorm.models:torchvision_resnet",
+            f"torchvision {title}, 3x3 stem for small images",
+            source,
+            variant=name,
         )
-        for depth in (18, 34, 50)
+        for name, title, source in (
+            ("resnet18", "ResNet-18", _RESNET),
+            ("resnet34", "ResNet-34", _RESNET),
+            ("resnet50", "ResNet-50", _RESNET),
+            ("resnet101", "ResNet-101", _RESNET),
+            ("resnet152", "ResNet-152", _RESNET),
+            ("resnext50_32x4d", "ResNeXt-50 32x4d", _RESNEXT),
+            ("resnext101_32x8d", "ResNeXt-101 32x8d", _RESNEXT),
+            ("resnext101_64x4d", "ResNeXt-101 64x4d", _RESNEXT),
+            ("wide_resnet50_2", "Wide ResNet-50-2", _WIDE),
+            ("wide_resnet101_2", "Wide ResNet-101-2", _WIDE),
+        )
     },
+    **{
+        name: Entry(
+            "ltnorm.models:mobilenet",
+            f"torchvision {title}, stem without a stride for small images",
+            source,
+            variant=name,
+        )
+        for name, title, source in (
+            ("mobilenet_v2", "MobileNetV2", "Sandler et al. 2018, arXiv 1801.04381"),
+            ("mobilenet_v3_small", "MobileNetV3-Small", _MOBILENET_V3),
+            ("mobilenet_v3_large", "MobileNetV3-Large", _MOBILENET_V3),
+        )
+    },
+}
+
+# Models that a library knows by name: `timm/resnet26` is the entry with that variant.
+LIBRARIES = {
+    "timm": Entry(
+        "ltnorm.models:timm_model",
+        "any model of timm with batch normalization (extra timm)",
+        "Wightman 2019, github.com/huggingface/pytorch-image-models",
+        check="ltnorm.models:check_timm",
+    ),
 }
 
 DATASETS = {
@@ -211,17 +264,38 @@ DATASETS = {
         "ltnorm.data.datasets:cifar10",
         "10 classes, 32x32 (163 MiB download)",
         "Krizhevsky 2009",
+        size=(10, 5000, 32),
     ),
     "cifar100": Entry(
         "ltnorm.data.datasets:cifar100",
         "100 classes, 32x32 (161 MiB download)",
         "Krizhevsky 2009",
         recipe="cifar100-lt",
+        size=(100, 500, 32),
     ),
     "fashion-mnist": Entry(
         "ltnorm.data.datasets:fashion_mnist",
         "10 classes, 28x28 grey, repeated to three channels (29 MiB download)",
         "Xiao et al. 2017, arXiv 1708.07747",
+        size=(10, 6000, 28),
+    ),
+}
+
+SAMPLERS = {
+    "instance": Entry(
+        "ltnorm.data.sampling:instance", "the data as it is: every image once an epoch", "-"
+    ),
+    "balanced": Entry("ltnorm.data.sampling:balanced", "every class equally often", _KANG),
+    "sqrt": Entry("ltnorm.data.sampling:sqrt", "classes by the square root of their images", _KANG),
+    "progressive": Entry(
+        "ltnorm.data.sampling:progressive",
+        "from the data as it is, at the start, to balanced classes at the end of training",
+        _KANG,
+    ),
+    "effective": Entry(
+        "ltnorm.data.sampling:effective",
+        "each image weighted by one over the effective number of its class",
+        "Cui et al. 2019, arXiv 1901.05555",
     ),
 }
 
@@ -230,7 +304,14 @@ TABLES: Mapping[str, Mapping[str, Entry]] = {
     "loss": LOSSES,
     "model": MODELS,
     "dataset": DATASETS,
+    "sampler": SAMPLERS,
 }
+
+
+def listed(kind: str) -> dict[str, Entry]:
+    """All that can be chosen in table `kind`, as lists and hints show it."""
+    libraries = {f"{name}/NAME": entry for name, entry in LIBRARIES.items()}
+    return {**TABLES[kind], **(libraries if kind == "model" else {})}
 
 
 def lookup(kind: str, name: str) -> Entry:
@@ -239,10 +320,12 @@ def lookup(kind: str, name: str) -> Entry:
     Raises:
         UsageError: no such name; the hint lists the choices, led by the nearest.
     """
-    table = TABLES[kind]
-    if name not in table:
-        raise UsageError(f"unknown {kind} '{name}'", did_you_mean(name, table))
-    return table[name]
+    library, slash, variant = name.partition("/")
+    if kind == "model" and slash and library in LIBRARIES:
+        return replace(LIBRARIES[library], variant=variant)
+    if name not in TABLES[kind]:
+        raise UsageError(f"unknown {kind} '{name}'", did_you_mean(name, listed(kind)))
+    return TABLES[kind][name]
 
 
 def load(target: str) -> Callable[..., Any]:
@@ -252,8 +335,14 @@ def load(target: str) -> Callable[..., Any]:
 
 
 def targets(kind: str, name: str) -> list[Callable[..., Any]]:
-    """What takes the options of an entry: its target and, for a norm, the training objective."""
+    """What takes the options of an entry: its target and, for a norm, the training objective.
+
+    Raises:
+        UsageError: no such name, also where only a library knows.
+    """
     entry = lookup(kind, name)
+    if entry.check:
+        load(entry.check)(entry.variant)
     return [load(entry.target), *([load(entry.objective)] if kind == "norm" else [])]
 
 

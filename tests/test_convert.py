@@ -138,3 +138,34 @@ def test_what_cannot_be_converted_is_said_before_anything_changes():
         convert_norm(nn.Sequential(nn.Linear(3, 3)), "compund")
     with pytest.raises(ValueError, match=r"layer '0', with its own eps and momentum.*momentum"):
         convert_norm(nn.Sequential(nn.BatchNorm2d(4, momentum=0.0)), "compound")
+
+
+def test_a_function_decides_on_eps_and_momentum():
+    source = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, 1e-3, 0.01)), (3, 6, 6))
+    x = torch.randn(4, 3, 6, 6)
+    expected = source(x)
+    same = convert_norm(copy.deepcopy(source), norm_layer("compound", eps=1e-3))
+    torch.testing.assert_close(same(x), expected)
+    own = convert_norm(copy.deepcopy(source), norm_layer("compound"))
+    assert (own[1].eps, own[1].momentum) == (1e-5, 0.1)
+    assert not torch.allclose(own(x), expected, rtol=1e-4)
+    assert torch.equal(own[1].running_mean[0], source[1].running_mean)
+    with pytest.raises(ValueError, match=r"options \(eps\) go with the name"):
+        convert_norm(copy.deepcopy(source), norm_layer("compound"), eps=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 1, 1), (1, 8, 1, 1)])
+def test_a_layer_of_ones_own_takes_weight_and_bias_in_its_shape(shape):
+    class Scale(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(shape))
+            self.bias = nn.Parameter(torch.zeros(shape))
+
+    source = nn.BatchNorm2d(8)
+    nn.init.uniform_(source.weight)
+    nn.init.uniform_(source.bias)
+    layer = convert_norm(source, Scale)
+    assert layer.weight.shape == shape
+    assert torch.equal(layer.weight.flatten(), source.weight)
+    assert torch.equal(layer.bias.flatten(), source.bias)

@@ -18,6 +18,7 @@ class Kind(StrEnum):
     losses = "losses"
     models = "models"
     datasets = "datasets"
+    samplers = "samplers"
     recipes = "recipes"
 
 
@@ -28,7 +29,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """List norms, losses, models, datasets or recipes."""
+    """List norms, losses, models, datasets, samplers or recipes."""
     from rich.table import Table
     from rich.text import Text
 
@@ -40,23 +41,24 @@ def command(
         raise UsageError(f"nothing to list as '{what}'", did_you_mean(what, list(Kind)))
     kind = Kind(what)
     if kind is Kind.recipes:
-        from ltnorm import recipe as recipes
+        from ltnorm import resolve as recipes
 
         rows = [
             {"name": name, "summary": recipes.summary(path)}
             for name, path in recipes.shipped_recipes().items()
         ]
     else:
-        tables = {
-            Kind.norms: registry.NORMS,
-            Kind.losses: registry.LOSSES,
-            Kind.models: registry.MODELS,
-            Kind.datasets: registry.DATASETS,
+        table_of = {
+            Kind.norms: "norm",
+            Kind.losses: "loss",
+            Kind.models: "model",
+            Kind.datasets: "dataset",
+            Kind.samplers: "sampler",
         }
         rows = [
             {"name": name, "summary": entry.summary, "source": entry.source}
             | ({"cost": entry.cost} if kind is Kind.norms else {})
-            for name, entry in tables[kind].items()
+            for name, entry in registry.listed(table_of[kind]).items()
         ]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=kind is Kind.norms)
     for heading in rows[0]:

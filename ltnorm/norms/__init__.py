@@ -21,7 +21,15 @@ from ltnorm.norms.fold import fold
 from ltnorm.norms.recalibrate import recalibrate
 from ltnorm.norms.routing import RoutedNorm, route
 
-__all__ = ["RoutedNorm", "convert_norm", "fold", "norm_layer", "recalibrate", "route"]
+__all__ = [
+    "RoutedNorm",
+    "convert_norm",
+    "fold",
+    "norm_layer",
+    "norm_layers",
+    "recalibrate",
+    "route",
+]
 
 
 def norm_layer(name: str, **options: Any) -> Callable[[int], nn.Module]:
@@ -40,3 +48,9 @@ def norm_layer(name: str, **options: Any) -> Callable[[int], nn.Module]:
         )
         raise ValueError(f"norm '{name}': {problems}") from error
     return partial(registry.load(entry.target), **registry.own_options(entry.target, values))
+
+
+def norm_layers(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The layers of a model that are of the norm `name`, by their path."""
+    kind = registry.load(registry.lookup("norm", name).target)
+    return {path: m for path, m in model.named_modules() if isinstance(m, kind)}

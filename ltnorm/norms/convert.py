@@ -1,6 +1,7 @@
 """Swapping the normalization of a model that exists already."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import nn
 _BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def convert_norm(model: nn.Module, name: str, **options: Any) -> nn.Module:
-    """Replace every BatchNorm1d, BatchNorm2d and SyncBatchNorm of a model by the norm `name`.
+def convert_norm(
+    model: nn.Module, norm: str | Callable[[int], nn.Module], **options: Any
+) -> nn.Module:
+    """Replace every BatchNorm1d, BatchNorm2d and SyncBatchNorm of a model by another norm.
 
     Weights, running statistics, eps and momentum are carried over (eps and momentum unless
     given), so that a norm with running statistics gives the same evaluation output as before,
@@ -24,26 +27,26 @@ def convert_norm(model: nn.Module, name: str, **options: Any) -> nn.Module:
 
     Args:
         model: changed in place; a bare BatchNorm cannot be, so use what is returned.
-        name: see `ltnorm list norms`.
-        options: of the norm, as for `norm_layer`.
+        norm: a name, see `ltnorm list norms`, or a function from channels to a new layer, such as
+            `norm_layer` gives, which decides on eps and momentum by itself.
+        options: of the norm, as for `norm_layer`; only with a name.
 
     Returns:
         The model.
 
     Raises:
+        UsageError: no such norm.
         ValueError: no such layer in the model, one without running statistics, or an option that
             the norm lacks. Nothing is changed then.
     """
-    from ltnorm.norms import norm_layer
-
-    norm_layer(name, **options)  # what is wrong with these, before any layer
+    make = _maker(norm, options)
     found = dict(model.named_modules(remove_duplicate=False))
     found = {path: m for path, m in found.items() if isinstance(m, _BatchNorm)}
     if not found:
         kinds = ", ".join(kind.__name__ for kind in _BatchNorm)
         raise ValueError(f"the model has no batch normalization to replace ({kinds})")
     paths = {m: path for path, m in reversed(found.items())}  # a shared layer stays shared
-    new = {m: _converted(path, m, name, options) for m, path in paths.items()}
+    new = {m: _converted(path, m, make) for m, path in paths.items()}
     made = {path: new[m] for path, m in found.items()}
     if "" in made:
         return made[""]
@@ -53,22 +56,40 @@ def convert_norm(model: nn.Module, name: str, **options: Any) -> nn.Module:
     return model
 
 
-def _converted(path: str, source: nn.Module, name: str, options: dict[str, Any]) -> nn.Module:
+def _maker(
+    norm: str | Callable[[int], nn.Module], options: dict[str, Any]
+) -> Callable[[str, nn.Module], nn.Module]:
+    """What makes the layer for a path and its source, but for what is carried over."""
     from ltnorm import registry
     from ltnorm.norms import norm_layer
 
+    if not isinstance(norm, str):
+        if options:
+            raise ValueError(f"options ({', '.join(options)}) go with the name of a norm")
+        return lambda path, source: norm(source.num_features)
+    norm_layer(norm, **options)  # what is wrong with these, before any layer
+    known = registry.options_model("norm", norm).model_fields
+
+    def make(path: str, source: nn.Module) -> nn.Module:
+        carried = {"eps": source.eps, "momentum": source.momentum}
+        carried = {k: v for k, v in carried.items() if k in known and v is not None}
+        try:
+            return norm_layer(norm, **{**carried, **options})(source.num_features)
+        except ValueError as error:
+            raise ValueError(f"layer '{path}', with its own eps and momentum: {error}") from error
+
+    return make
+
+
+def _converted(
+    path: str, source: nn.Module, make: Callable[[str, nn.Module], nn.Module]
+) -> nn.Module:
     if source.running_mean is None:
         raise ValueError(
             f"layer '{path}' has no running statistics to carry over: make it with "
             "track_running_stats=True"
         )
-    carried = {"eps": source.eps, "momentum": source.momentum}
-    known = registry.options_model("norm", name).model_fields
-    carried = {k: v for k, v in carried.items() if k in known and v is not None}
-    try:
-        layer = norm_layer(name, **{**carried, **options})(source.num_features)
-    except ValueError as error:
-        raise ValueError(f"layer '{path}', with its own eps and momentum: {error}") from error
+    layer = make(path, source)
     layer.to(source.running_mean.device, source.running_mean.dtype)
     _carry(source, layer)
     layer.train(source.training)
@@ -84,7 +105,7 @@ def activation_of(norm: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def _carry(source: nn.Module, layer: nn.Module) -> None:
-    """What both layers have, broadcast over components."""
+    """What both layers have: [C], or any shape of as many numbers, or broadcast over components."""
     ones = torch.ones_like(source.running_mean)
     given = {"weight": (source.weight, ones), "bias": (source.bias, torch.zeros_like(ones))}
     values = {key: default if own is None else own for key, (own, default) in given.items()}
@@ -96,7 +117,9 @@ def _carry(source: nn.Module, layer: nn.Module) -> None:
             continue
         own, _ = given[key]
         if not hasattr(layer, "set_affine"):
-            parameter.copy_(values[key].expand_as(parameter))
+            same = parameter.numel() == len(ones)  # [C, 1, 1], say
+            value = values[key]
+            parameter.copy_(value.view_as(parameter) if same else value.expand_as(parameter))
         parameter.requires_grad_(own is not None and own.requires_grad)
     for key in ("running_mean", "running_var"):
         if getattr(layer, key, None) is not None:
