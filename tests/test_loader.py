@@ -1,31 +1,40 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from ltnorm.data.loader import Loader, crop_and_flip, cutout, normalize
+from ltnorm import losses
+from ltnorm.console import Output
+from ltnorm.data.loader import Loader, normalize
+from ltnorm.data.sampling import progressive
 from ltnorm.recipe import Train
+from ltnorm.training.loop import fit
+from ltnorm.training.objective import SinglePath
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
-def loader(count=50, seed=0, size=8, **train):
+def loader(count=50, seed=0, size=8, sampler=None, labels=None, **train):
     rng = np.random.default_rng(0)
     images = rng.integers(1, 256, size=(count, size, size, 3), dtype=np.uint8)
     settings = Train(**{"batch_size": 16, "crop_padding": 2, **train})
     return Loader(
         images,
-        np.arange(count),
+        np.arange(count) if labels is None else labels,
         mean=MEAN,
         std=STD,
         train=settings,
         seed=seed,
         device=torch.device("cpu"),
+        sampler=sampler,
     ), images
 
 
 def test_every_image_comes_once_an_epoch():
     made, _ = loader(50)
-    labels = [y for _, y in made.epoch(1)]
+    labels = [batch.labels for batch in made.epoch(1)]
     assert [len(y) for y in labels] == [16, 16, 16, 2]
     assert sorted(torch.cat(labels).tolist()) == list(range(50))
     assert len(made) == 4
@@ -34,59 +43,133 @@ def test_every_image_comes_once_an_epoch():
 
 def test_a_last_batch_of_one_image_is_dropped():
     made, _ = loader(49)
-    assert [len(y) for _, y in made.epoch(1)] == [16, 16, 16]
+    assert [len(batch.labels) for batch in made.epoch(1)] == [16, 16, 16]
     assert len(made) == 3
     assert made.images_per_epoch == 48
 
 
-def test_order_follows_from_seed_and_epoch_alone():
-    def order(seed, epoch, **train):
-        made, _ = loader(seed=seed, **train)
-        return torch.cat([y for _, y in made.epoch(epoch)]).tolist()
+def order(made, epoch, progress=0.0):
+    return torch.cat([batch.labels for batch in made.epoch(epoch, progress)]).tolist()
 
-    assert order(0, 3) == order(0, 3) == order(0, 3, cutout=4, flip=False)
-    assert order(0, 3) != order(0, 4)
-    assert order(0, 3) != order(1, 3)
-    first, second = (next(iter(loader(seed=2)[0].epoch(5)))[0] for _ in range(2))
-    assert torch.equal(first, second)
+
+AUGMENTATIONS = [
+    {"cutout": 4, "flip": False},
+    {"mixup": 1.0},
+    {"cutmix": 1.0},
+    {"mixup": 1.0, "cutmix": 0.5, "auto_augment": "cifar10"},
+    {"auto_augment": "randaugment"},
+]
+
+
+@pytest.mark.parametrize("sampler", [None, lambda t: np.arange(1, 51) / 1275])
+def test_order_follows_from_seed_and_epoch_alone(sampler):
+    def made(seed=0, **train):
+        return loader(seed=seed, sampler=sampler, **train)[0]
+
+    assert order(made(), 3) == order(made(), 3)
+    for train in AUGMENTATIONS:
+        assert order(made(**train), 3) == order(made(), 3)
+    assert order(made(), 3) != order(made(), 4)
+    assert order(made(), 3) != order(made(seed=1), 3)
+
+
+def test_without_a_sampler_the_order_is_torchs_permutation():
+    made, _ = loader()
+    for seed, epoch in ((0, 1), (5, 9)):
+        made.seed = seed
+        state = np.random.SeedSequence([seed, epoch, 0]).generate_state(1, np.uint64)[0]
+        rng = torch.Generator().manual_seed(int(state) // 2)
+        assert order(made, epoch) == torch.randperm(50, generator=rng).tolist()
+
+
+@pytest.mark.parametrize("train", [{}, *AUGMENTATIONS])
+def test_augmentation_follows_from_seed_and_epoch_alone(train):
+    first, again, later, other = (
+        list(loader(seed=seed, **train)[0].epoch(epoch))
+        for seed, epoch in ((2, 5), (2, 5), (2, 6), (3, 5))
+    )
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert a.share == b.share
+        assert a.other is b.other is None or torch.equal(a.other, b.other)
+    shares = [[batch.share for batch in made] for made in (first, later, other)]
+    if first[0].other is None:
+        assert shares == [[1.0] * 4] * 3
+    else:
+        assert shares[0] != shares[1]
+        assert shares[0] != shares[2]
+        assert len(set(shares[0])) > 1
+    assert not torch.equal(first[0].images, later[0].images)
+    assert not torch.equal(first[0].images, other[0].images)
+
+
+@pytest.mark.parametrize("both", [{}, {"cutout": 4}, {"auto_augment": "trivialaugment"}])
+def test_mixing_mixes_the_very_batches_that_come_without_it(both):
+    plain = loader(**both)[0].epoch(1)
+    for x, mixed in zip(plain, loader(mixup=1.0, **both)[0].epoch(1), strict=True):
+        place = {label: i for i, label in enumerate(x.labels.tolist())}
+        partner = x.images[[place[label] for label in mixed.other.tolist()]]
+        expected = mixed.share * x.images + (1 - mixed.share) * partner
+        torch.testing.assert_close(mixed.images, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_crops_are_the_same_under_a_policy():
+    """Policies that leave pixels alone in half of the cases: then they are those without it."""
+    plain = torch.cat([batch.images for batch in loader(200)[0].epoch(1)])
+    made = torch.cat([b.images for b in loader(200, auto_augment="imagenet")[0].epoch(1)])
+    same = (plain == made).flatten(1).all(1)
+    assert 0 < same.sum() < 200
+    assert same[100:].any()
+
+
+def test_every_batch_has_choices_of_its_own_under_a_policy():
+    made, _ = loader(48, auto_augment="randaugment", crop_padding=0, flip=False)
+    made.images[:] = made.images[0].clone()
+    first, second, third = (batch.images for batch in made.epoch(1))
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    assert not torch.equal(first, next(iter(made.epoch(2))).images)
+
+
+def test_a_policy_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    list(loader(auto_augment="svhn", mixup=1.0)[0].epoch(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sampler_draws_the_classes_by_the_progress():
+    counts = [60, 30, 10]
+    labels = np.repeat(np.arange(3), counts)
+    made, _ = loader(100, sampler=partial(progressive, counts), labels=labels)
+    for progress, q in ((0.0, (0.6, 0.3, 0.1)), (0.5, (28 / 60, 19 / 60, 13 / 60))):
+        drawn = np.bincount(order(made, 1, progress))
+        assert drawn.sum() == 100
+        assert (np.abs(drawn - 100 * np.array(q)) < 1).all()
+    assert order(made, 1) == order(made, 1, 0.0)
+
+
+def test_training_tells_the_sampler_its_progress():
+    told = []
+
+    def sampler(progress):
+        told.append(progress)
+        return np.ones(50) / 50
+
+    made, _ = loader(sampler=sampler, epochs=4, lr=1e-3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 50))
+    objective = SinglePath(model, losses.build("ce", [1] * 50), torch.zeros(50, dtype=torch.int64))
+    with Output(quiet=True).training("", 4) as progress:
+        fit(objective, made, made.train, progress)
+    assert told == [0.0, 0.25, 0.5, 0.75]
 
 
 def test_without_augmentation_images_are_only_normalized():
     made, images = loader(crop_padding=0, flip=False)
-    for x, y in made.epoch(1):
+    for x, y, other, share in made.epoch(1):
+        assert (other, share) == (None, 1.0)
         expected = (images[y] / 255 - MEAN) / STD
         np.testing.assert_allclose(x.permute(0, 2, 3, 1).numpy(), expected, rtol=1e-4, atol=1e-5)
         assert x.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_crops_and_flips_are_windows_of_the_padded_image():
-    images = torch.randint(1, 256, (1, 6, 6, 3), dtype=torch.uint8)
-    padded = torch.nn.functional.pad(images, (0, 0, 2, 2, 2, 2))
-    windows = {
-        (top, left, flip): padded[0, top : top + 6, left : left + 6].flip(1 if flip else ())
-        for top in range(5)
-        for left in range(5)
-        for flip in (False, True)
-    }
-    rng = torch.Generator().manual_seed(0)
-    crops = crop_and_flip(padded, torch.zeros(2000, dtype=torch.long), 6, True, rng)
-    seen = {}
-    for crop in crops:
-        [key] = [k for k, window in windows.items() if torch.equal(window, crop)]
-        seen[key] = seen.get(key, 0) + 1
-    # Each of the 50 is expected 40 times; 6.3 standard deviations would be 0 or 80.
-    assert len(seen) == 50
-    assert max(seen.values()) < 80
-
-
-def test_cutout_zeroes_a_square():
-    x = torch.ones(300, 3, 8, 8)
-    cut = cutout(x, 4, torch.Generator().manual_seed(0)) == 0
-    assert torch.equal(cut[:, 0], cut[:, 2])
-    rows, columns = cut[:, 0].any(2).sum(1), cut[:, 0].any(1).sum(1)
-    assert torch.equal(cut[:, 0].sum((1, 2)), rows * columns)
-    assert rows.max() == columns.max() == 4
-    assert rows.min() >= 2
 
 
 def test_normalize_is_exact_at_the_ends():
@@ -97,8 +180,8 @@ def test_normalize_is_exact_at_the_ends():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_batches_have_the_memory_format_asked_for(layout):
-    made, _ = loader()
+@pytest.mark.parametrize("train", [{}, *AUGMENTATIONS])
+def test_batches_have_the_memory_format_asked_for(layout, train):
+    made, _ = loader(**train)
     made.memory_format = layout
-    x, _ = next(iter(made.epoch(1)))
-    assert x.is_contiguous(memory_format=layout)
+    assert next(iter(made.epoch(1))).images.is_contiguous(memory_format=layout)

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltnorm.data import augment
+from ltnorm.data.augment import Batch
+from ltnorm.data.sampling import Sampler, draw
 from ltnorm.recipe import Train
 
 
@@ -15,46 +18,13 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.to(torch.float32).sub_(mean_).div_(std_).permute(0, 3, 1, 2)
 
 
-def crop_and_flip(
-    padded: Tensor, index: Tensor, size: int, flip: bool, rng: torch.Generator
-) -> Tensor:
-    """Random crops of `size` and horizontal flips of padded[index], uint8 [B, size, size, 3].
-
-    Both are one gather: a row of source rows and a row of source columns for each image.
-    """
-    device, (_, height, width, channels) = padded.device, padded.shape
-    count, steps = len(index), torch.arange(size, device=device)
-    top = torch.randint(height - size + 1, (count, 1), generator=rng, device=device)
-    left = torch.randint(width - size + 1, (count, 1), generator=rng, device=device)
-    columns = left + steps
-    if flip:
-        mirrored = torch.rand(count, 1, generator=rng, device=device) < 0.5
-        columns = torch.where(mirrored, left + steps.flip(0), columns)
-    pixels = (index[:, None] * height + top + steps)[:, :, None] * width + columns[:, None, :]
-    return padded.view(-1, channels)[pixels.view(-1)].view(count, size, size, channels)
-
-
-def cutout(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
-    """Zero a square of `size` at a random centre of each image [N, C, H, W], clipped at the edge.
-
-    DeVries & Taylor 2017, arXiv 1708.04552.
-    """
-    count, _, height, width = images.shape
-    inside = []
-    for length in (height, width):
-        centre = torch.randint(length, (count, 1), generator=rng, device=images.device)
-        distance = torch.arange(length, device=images.device) - (centre - size // 2)
-        inside.append((distance >= 0) & (distance < size))
-    rows, columns = inside
-    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
-
-
 class Loader:
     """Augmented training batches, the whole set lying on the device as uint8.
 
     The order and the augmentation of an epoch follow from (seed, epoch) alone, so that runs with
-    different norms pair, and that no state is carried between epochs. The last partial batch is
-    kept; a batch of one image is dropped.
+    different norms pair, and that no state is carried between epochs. Order, crops (with
+    cutout), policy and mixing have random numbers of their own: none changes with another. The
+    last partial batch is kept; a batch of one image is dropped.
 
     Args:
         images: uint8 [N, H, W, 3]. labels: int64 [N].
@@ -63,6 +33,8 @@ class Loader:
         seed: of order and augmentation.
         device: where the set lies and batches are made.
         memory_format: of the batches.
+        sampler: progress -> the probability of each class, [C] (see `ltnorm.data.sampling`);
+            None is every image once an epoch.
     """
 
     def __init__(
@@ -76,6 +48,7 @@ class Loader:
         seed: int,
         device: torch.device,
         memory_format: torch.memory_format = torch.channels_last,
+        sampler: Sampler | None = None,
     ) -> None:
         pad = train.crop_padding
         padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
@@ -83,6 +56,8 @@ class Loader:
         self.labels = torch.from_numpy(labels).to(device)
         self.size, self.mean, self.std, self.train = images.shape[1], mean, std, train
         self.seed, self.device, self.memory_format = seed, device, memory_format
+        self.sampler = sampler
+        self.policy = None if train.auto_augment == "none" else augment.policy(train.auto_augment)
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -94,20 +69,31 @@ class Loader:
         """Images an epoch: all, but for a last batch of one."""
         return len(self.labels) - (len(self.labels) % self.train.batch_size == 1)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch: float32 [B, 3, H, W], int64 [B]."""
-        # The order is drawn on the CPU, so that it is the same on every device.
-        order_rng = torch.Generator().manual_seed(_mix(self.seed, epoch, 0))
-        rng = torch.Generator(self.device).manual_seed(_mix(self.seed, epoch, 1))
-        order = torch.randperm(len(self.labels), generator=order_rng).to(self.device)
-        for index in order.split(self.train.batch_size)[: len(self)]:
-            images = crop_and_flip(self.images, index, self.size, self.train.flip, rng)
+    def epoch(self, epoch: int, progress: float = 0.0) -> Iterator[Batch]:
+        """The batches of an epoch; `progress`, the part of training done, is for the sampler."""
+        rng = torch.Generator(self.device).manual_seed(_seed(self.seed, epoch, 1))
+        mixing = np.random.default_rng(_seed(self.seed, epoch, 2))
+        order = self._order(epoch, progress).to(self.device)
+        for i, index in enumerate(order.split(self.train.batch_size)[: len(self)]):
+            images = augment.crop_and_flip(self.images, index, self.size, self.train.flip, rng)
+            if self.policy:
+                seed = _seed(self.seed, epoch, 3, i)
+                images = augment.auto_augment(images, self.policy, seed)
             images = normalize(images, self.mean, self.std)
             if self.train.cutout:
-                images = cutout(images, self.train.cutout, rng)
-            yield images.contiguous(memory_format=self.memory_format), self.labels[index]
+                images = augment.cutout(images, self.train.cutout, rng)
+            images = images.contiguous(memory_format=self.memory_format)
+            batch = Batch(images, self.labels[index])
+            yield augment.mix(batch, self.train.mixup, self.train.cutmix, mixing)
+
+    def _order(self, epoch: int, progress: float) -> Tensor:
+        """The images of an epoch, int64 [N]; drawn on the CPU, to be the same on every device."""
+        rng = torch.Generator().manual_seed(_seed(self.seed, epoch, 0))
+        if self.sampler is None:
+            return torch.randperm(len(self.labels), generator=rng)
+        return draw(self.labels.cpu(), self.sampler(progress), rng)
 
 
-def _mix(*numbers: int) -> int:
+def _seed(*numbers: int) -> int:
     """One 63-bit seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

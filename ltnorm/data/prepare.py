@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ltnorm import registry
-from ltnorm.data.datasets import Source
-from ltnorm.data.longtail import choose, report_groups
+from ltnorm.data.datasets import MissingData, Source
+from ltnorm.data.longtail import Subset, choose, report_groups
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.recipe import Dataset
 
@@ -179,11 +179,30 @@ def prepare(
     return replace(made, fresh=True)
 
 
-def _cut(spec: Dataset, source: Source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the manifest of the long-tailed set that `spec` asks for."""
-    subset = choose(
-        source.train_labels,
-        len(source.classes),
+def preview(spec: Dataset, root: Path, data_dir: Path) -> tuple[list[int], int] | None:
+    """The counts and the image size that the prepared set for `spec` has or would have.
+
+    Nothing is written. None where neither it nor the raw data is there, and the registry does not
+    know the size of the data set either.
+    """
+    if found := find(spec, data_dir):
+        return found.counts, found.image_size
+    entry = registry.lookup("dataset", spec.name)
+    try:
+        source = registry.load(entry.target)(root, False, **spec.options)
+        labels, size = source.train_labels, int(source.train_images.shape[1])
+    except MissingData:
+        if entry.size is None:
+            return None
+        classes, images, size = entry.size
+        labels = np.repeat(np.arange(classes), images)
+    return _subset(spec, labels, int(labels.max()) + 1).counts, size
+
+
+def _subset(spec: Dataset, labels: np.ndarray, classes: int) -> Subset:
+    return choose(
+        labels,
+        classes,
         spec.ratio,
         profile=spec.profile,
         n_max=spec.n_max,
@@ -191,6 +210,11 @@ def _cut(spec: Dataset, source: Source) -> tuple[dict[str, np.ndarray], dict[str
         order=spec.class_order,
         data_seed=spec.data_seed,
     )
+
+
+def _cut(spec: Dataset, source: Source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the manifest of the long-tailed set that `spec` asks for."""
+    subset = _subset(spec, source.train_labels, len(source.classes))
     arrays = {
         "train_images": source.train_images[subset.train],
         "train_labels": source.train_labels[subset.train],

@@ -1,0 +1,140 @@
+"""Augmentations: free functions on a batch, each with its source of random numbers."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """A training batch; `objective(*batch)` is its loss.
+
+    Attributes:
+        images: float32 [B, 3, H, W].
+        labels: int64 [B].
+        other: the labels of the images mixed in, int64 [B]; None where nothing is.
+        share: that of `labels` in the images; 1 - share is that of `other`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    other: Tensor | None = None
+    share: float = 1.0
+
+
+def crop_and_flip(
+    padded: Tensor, index: Tensor, size: int, flip: bool, rng: torch.Generator
+) -> Tensor:
+    """Random crops of `size` and horizontal flips of padded[index], uint8 [B, size, size, 3].
+
+    Both are one gather: a row of source rows and a row of source columns for each image.
+    """
+    device, (_, height, width, channels) = padded.device, padded.shape
+    count, steps = len(index), torch.arange(size, device=device)
+    top = torch.randint(height - size + 1, (count, 1), generator=rng, device=device)
+    left = torch.randint(width - size + 1, (count, 1), generator=rng, device=device)
+    columns = left + steps
+    if flip:
+        mirrored = torch.rand(count, 1, generator=rng, device=device) < 0.5
+        columns = torch.where(mirrored, left + steps.flip(0), columns)
+    pixels = (index[:, None] * height + top + steps)[:, :, None] * width + columns[:, None, :]
+    return padded.view(-1, channels)[pixels.view(-1)].view(count, size, size, channels)
+
+
+def policy(name: str) -> Callable[[Tensor], Tensor]:
+    """A policy of torchvision's for one image, uint8 [3, H, W], with its defaults.
+
+    cifar10, imagenet, svhn    AutoAugment (Cubuk et al. 2019, arXiv 1805.09501)
+    randaugment                RandAugment (Cubuk et al. 2020, arXiv 1909.13719)
+    trivialaugment             TrivialAugment, wide (Müller & Hutter 2021, arXiv 2103.10158)
+    """
+    from torchvision.transforms import v2  # takes long to import, and few runs ask for it
+
+    if name == "randaugment":
+        return v2.RandAugment()
+    if name == "trivialaugment":
+        return v2.TrivialAugmentWide()
+    return v2.AutoAugment(v2.AutoAugmentPolicy(name))
+
+
+def auto_augment(images: Tensor, policy: Callable[[Tensor], Tensor], seed: int) -> Tensor:
+    """`policy` on each image of a batch, uint8 [B, H, W, 3] -> the same.
+
+    In a loop, because torchvision makes one choice for all that it is given.
+    """
+    # torchvision draws from the CPU's global generator alone, wherever the images are;
+    # torch.manual_seed would set those of the other devices too.
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        changed = [policy(image) for image in images.permute(0, 3, 1, 2)]
+    return torch.stack(changed).permute(0, 2, 3, 1)
+
+
+def cutout(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
+    """Zero a square of `size` at a random centre of each image [N, C, H, W], clipped at the edge.
+
+    DeVries & Taylor 2017, arXiv 1708.04552.
+    """
+    count, _, height, width = images.shape
+    inside = []
+    for length in (height, width):
+        centre = torch.randint(length, (count, 1), generator=rng, device=images.device)
+        distance = torch.arange(length, device=images.device) - (centre - size // 2)
+        inside.append((distance >= 0) & (distance < size))
+    rows, columns = inside
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+# torchvision.transforms.v2 has MixUp and CutMix. They draw from global generators and give
+# one-hot targets, but losses here take integer labels: some correct logits or set margins by them.
+
+
+def mixup(batch: Batch, alpha: float, rng: np.random.Generator) -> Batch:
+    """x = share * x + (1 - share) * x[p], p a permutation, share ~ Beta(alpha, alpha), one a batch.
+
+    Zhang et al. 2018, arXiv 1710.09412.
+    """
+    share = float(rng.beta(alpha, alpha))
+    partner = _permutation(batch, rng)
+    images = batch.images.lerp(batch.images[partner], 1 - share)
+    return Batch(images, batch.labels, batch.labels[partner], share)
+
+
+def cutmix(batch: Batch, alpha: float, rng: np.random.Generator) -> Batch:
+    """One box of the images comes from those of a permutation, the same box for all.
+
+    Its sides are sqrt(1 - a) of the image's, a ~ Beta(alpha, alpha), its centre is uniform and
+    it is clipped at the edge; share = 1 - the part of the image that it covers then.
+
+    Yun et al. 2019, arXiv 1905.04899.
+    """
+    height, width = batch.images.shape[2:]
+    side = (1 - rng.beta(alpha, alpha)) ** 0.5
+    rows, columns = (_interval(length, side, rng) for length in (height, width))
+    partner = _permutation(batch, rng)
+    images = batch.images.clone()
+    images[:, :, rows, columns] = batch.images[:, :, rows, columns][partner]
+    covered = (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+    return Batch(images, batch.labels, batch.labels[partner], 1 - covered)
+
+
+def _interval(length: int, part: float, rng: np.random.Generator) -> slice:
+    """`part` of `length` about a random centre, clipped."""
+    inside = int(length * part)
+    start = int(rng.integers(length)) - inside // 2
+    return slice(max(start, 0), min(start + inside, length))
+
+
+def _permutation(batch: Batch, rng: np.random.Generator) -> Tensor:
+    return torch.from_numpy(rng.permutation(len(batch.labels))).to(batch.labels.device)
+
+
+def mix(batch: Batch, mixup_alpha: float, cutmix_alpha: float, rng: np.random.Generator) -> Batch:
+    """Mixup or CutMix, whichever has an alpha above 0; of both, either with probability 1/2."""
+    ways = [w for w in ((mixup, mixup_alpha), (cutmix, cutmix_alpha)) if w[1] > 0]
+    if not ways:
+        return batch
+    way, alpha = ways[rng.integers(len(ways))]
+    return way(batch, alpha, rng)
