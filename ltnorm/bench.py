@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 
+from ltnorm.data import augment
 from ltnorm.data.longtail import long_tail_counts
 from ltnorm.errors import LtnormError
 from ltnorm.recipe import Recipe
 from ltnorm.training import loop, optim
+from ltnorm.training.build import build_model, build_objective
 from ltnorm.training.device import memory_format, resolve_device
-from ltnorm.training.run import build_model, build_objective, changed_options
 
 WARM_UP = 3
 MIB = 2**20
@@ -146,21 +147,21 @@ class Subject:
         recipe = variant.recipe
         self.variant, self.device, self.peak = variant, device, None
         self.bf16 = recipe.train.precision == "bf16"
-        self.model = build_model(recipe, batch.classes, batch.image_size)
+        self.model = build_model(recipe, batch.counts(), batch.image_size)
         self.objective = build_objective(recipe, self.model, batch.counts())
         layout = memory_format(device, recipe.train.precision)
         self.objective.to(device=device, memory_format=layout)
-        self.optimizer = optim.SGD(recipe.train, self.objective.parameters())
+        self.optimizer = optim.build(recipe.train, self.objective.parameters())
         if variant.compiled:
             self.model.compile()
         images, labels = random_batch(batch)
-        self.images = images.to(device).contiguous(memory_format=layout)
-        self.labels = labels.to(device)
+        images = images.to(device).contiguous(memory_format=layout)
+        self.batch = augment.Batch(images, labels.to(device))
 
     def train(self) -> None:
         """One training step, from the batch on the device to the new weights."""
         self._switch(training=True)
-        loop.step(self.objective, self.optimizer, self.images, self.labels, self.bf16)
+        loop.step(self.objective, self.optimizer, self.batch, self.variant.recipe.train)
         self._wait()
 
     @torch.inference_mode()
@@ -168,7 +169,7 @@ class Subject:
         """One forward in evaluation mode, in the precision of training."""
         self._switch(training=False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            self.model(self.images)
+            self.model(self.batch.images)
         self._wait()
 
     def measure_memory(self) -> None:
@@ -267,7 +268,7 @@ def _row(
     evaluation: Mapping[str, Sequence[float]],
 ) -> Row:
     subject = subjects[label]
-    variant, images = subject.variant, len(subject.labels)
+    variant, images = subject.variant, len(subject.batch.labels)
     against = variant.against
     columns: dict[str, float] = {}
     for what, seconds in (("train", train), ("eval", evaluation)):
@@ -285,7 +286,7 @@ def _row(
         label=label,
         against=against,
         norm=variant.recipe.norm.name,
-        norm_options=changed_options(variant.recipe),
+        norm_options=variant.recipe.norm.changes(),
         compiled=variant.compiled,
         parameters=sum(p.numel() for p in subject.model.parameters()),
         memory_mib=None if peak is None else peak / MIB,

@@ -62,8 +62,11 @@ class Output:
         self.err.print(f"warning: {text}", markup=False, soft_wrap=True)
 
     @contextmanager
-    def training(self, label: str, epochs: int, batches: int) -> Iterator["TrainingProgress"]:
-        """The progress of one run: bars on a terminal, one line an epoch otherwise."""
+    def training(self, label: str, epochs: int | None) -> Iterator["TrainingProgress"]:
+        """The progress of one run: bars on a terminal, one line an epoch otherwise.
+
+        `epochs` are how many there will be, where that is known.
+        """
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         live = self.err.is_terminal and not self.quiet
@@ -77,7 +80,7 @@ class Output:
             disable=not live,
         )
         with progress:
-            yield TrainingProgress(self, progress, label, epochs, batches, live)
+            yield TrainingProgress(self, progress, label, epochs, live)
 
 
 class TrainingProgress:
@@ -87,36 +90,32 @@ class TrainingProgress:
     refresh_seconds = 0.5
 
     def __init__(
-        self,
-        output: Output,
-        progress: "Progress",
-        label: str,
-        epochs: int,
-        batches: int,
-        live: bool,
+        self, output: Output, progress: "Progress", label: str, epochs: int | None, live: bool
     ) -> None:
-        self.output, self.progress, self.label = output, progress, label
-        self.epochs, self.batches, self.live = epochs, batches, live
-        self.task = progress.add_task(label, total=epochs * batches, state="")
+        self.output, self.progress, self.label, self.live = output, progress, label, live
+        self.of = f"/{epochs}" if epochs else ""
+        self.task = progress.add_task(label, total=1.0, state="")
         self.shown = 0.0
 
     def due(self) -> bool:
         """Whether `step` would show something now."""
         return self.live and time.monotonic() - self.shown > self.refresh_seconds
 
-    def step(self, done: int, epoch: int, loss: float, images_per_second: float) -> None:
-        """Show the state after `done` steps."""
+    def step(self, done: float, epoch: int, loss: float, images_per_second: float) -> None:
+        """Show the state when a part of the run is done, in 0 .. 1."""
         self.shown = time.monotonic()
-        state = f"epoch {epoch}/{self.epochs}  loss {loss:.3f}  {images_per_second:,.0f} images/s"
+        state = f"epoch {epoch}{self.of}  loss {loss:.3f}  {images_per_second:,.0f} images/s"
         self.progress.update(self.task, completed=done, state=state)
 
-    def epoch(self, epoch: int, loss: float, lr: float, images_per_second: float) -> None:
+    def epoch(
+        self, done: float, epoch: int, loss: float, lr: float, images_per_second: float
+    ) -> None:
         """An epoch is over."""
         if self.live:
-            self.step(epoch * self.batches, epoch, loss, images_per_second)
+            self.step(done, epoch, loss, images_per_second)
         else:
             self.output.note(
-                f"{self.label}  epoch {epoch}/{self.epochs}  loss {loss:.4f}  lr {lr:.4g}  "
+                f"{self.label}  epoch {epoch}{self.of}  loss {loss:.4f}  lr {lr:.4g}  "
                 f"{images_per_second:,.0f} images/s"
             )
 

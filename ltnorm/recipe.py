@@ -1,16 +1,14 @@
-"""A recipe is everything that defines a run: YAML, flags and `--set` merged and validated.
+"""A recipe is everything that defines a run, in sections.
 
-Precedence: defaults < recipe file < flag < `--set key=value`. Validation reports all mistakes
-at once, each with its dotted path. Paths are not part of a recipe, so that the `recipe.yaml`
-that lies beside a result repeats the run anywhere.
+`ltnorm.validation` makes one of nested mappings, `ltnorm.resolve` of a file and a command line.
+Paths are not part of a recipe, so that the `recipe.yaml` that lies beside a result repeats the
+run anywhere.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -22,18 +20,23 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
+    model_validator,
 )
 
 from ltnorm import registry
-from ltnorm.errors import UsageError, did_you_mean
 
 
 def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) else value  # YAML reads 2024 as a number
 
 
+def _schedule(value: Any) -> Any:
+    return "step" if value == "multistep" else value  # torch's name for drops at milestones
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+BUDGETS = ("epochs", "steps", "seconds")
 Tag = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9._+-]+$", max_length=64), BeforeValidator(_number_as_text)
 ]
@@ -47,9 +50,13 @@ class Section(BaseModel):
 
 
 class NamedSection(Section):
-    """A part that names an entry of the registry; the entry's options stand beside the name."""
+    """A part that names an entry of the registry; the entry's options stand beside the name.
+
+    `kind` is the table of the registry.
+    """
 
     model_config = ConfigDict(extra="allow")
+    kind: ClassVar[str]
     name: str
 
     @property
@@ -57,10 +64,19 @@ class NamedSection(Section):
         """The options of the named entry, all of them, defaults filled in."""
         return dict(self.__pydantic_extra__ or {})
 
+    def changes(self) -> str:
+        """What is not the default, as `--set` takes it: `components=3, dual_path=false`."""
+        changed = _not_default(self, self.model_dump(mode="json"))
+        del changed["name"]
+        return ", ".join(
+            f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()
+        )
+
 
 class Dataset(NamedSection):
     """Which images: the source and how its classes are cut to a long tail."""
 
+    kind = "dataset"
     name: str = "synthetic"
     profile: Literal["exp", "step", "pareto"] = "exp"
     ratio: Annotated[float, Field(ge=1)] = 100.0
@@ -71,40 +87,95 @@ class Dataset(NamedSection):
 
 
 class Model(NamedSection):
-    """The backbone."""
+    """The backbone.
 
+    `pretrained` is the sha256 of the file of weights that it starts from, which a run is given
+    by `--pretrained FILE`.
+    """
+
+    kind = "model"
     name: str = "resnet32"
+    pretrained: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
 
 class Norm(NamedSection):
     """The normalization layer, with the options of its training objective."""
 
+    kind = "norm"
     name: str = "bn"
 
 
 class Loss(NamedSection):
-    """The training loss."""
+    """The training loss, and how classes are weighted in it.
 
+    `weights` auto are the loss's own; with schedule drw (deferred re-weighting, arXiv 1906.07413)
+    a loss that has none gets effective ones. Until `drw_start`, a fraction of the training, drw
+    weights all classes alike. `beta` is of effective weights: (1 - beta) / (1 - beta^n).
+    """
+
+    kind = "loss"
     name: str = "ce"
+    weights: Literal["auto", "none", "inverse", "effective"] = "auto"
+    beta: Beta = 0.9999
+    schedule: Literal["constant", "drw"] = "constant"
+    drw_start: Fraction = 0.8
+
+    @property
+    def class_weights(self) -> str:
+        """The weights, with `auto` resolved: none, inverse or effective."""
+        if self.weights != "auto":
+            return self.weights
+        own = registry.lookup("loss", self.name).weights
+        return "effective" if own == "none" and self.schedule == "drw" else own
+
+
+class Sampler(NamedSection):
+    """How often the images of each class are drawn in an epoch."""
+
+    kind = "sampler"
+    name: str = "instance"
 
 
 class Train(Section):
-    """Optimization, schedule, augmentation and precision; the defaults are LDAM-DRW's."""
+    """Optimization, schedule, augmentation and precision; the defaults are LDAM-DRW's.
 
-    epochs: PositiveInt = 200
+    The budget is one of `epochs`, `steps` and `seconds`. `milestones` are fractions of it.
+    """
+
+    epochs: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    seconds: PositiveFloat | None = None
     batch_size: Annotated[int, Field(ge=2)] = 128
+    optimizer: Literal["sgd", "adamw", "sam"] = "sgd"
     lr: PositiveFloat = 0.1
     momentum: Fraction = 0.9
     nesterov: bool = False
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    sam_rho: PositiveFloat = 0.05
     weight_decay: NonNegativeFloat = 2e-4
-    schedule: Literal["step", "cosine"] = "step"
+    decay_norm: bool = True
+    clip_grad: PositiveFloat | None = None
+    ema: Beta = 0.0
+    schedule: Annotated[Literal["step", "cosine"], BeforeValidator(_schedule)] = "step"
     warmup_epochs: NonNegativeInt = 5
     milestones: tuple[Fraction, ...] = (0.8, 0.9)
     decay: PositiveFloat = 0.01
     crop_padding: NonNegativeInt = 4
     flip: bool = True
     cutout: NonNegativeInt = 0
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
+    auto_augment: Literal[
+        "none", "cifar10", "imagenet", "svhn", "randaugment", "trivialaugment"
+    ] = "none"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_budget(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and all(data.get(key) is None for key in BUDGETS):
+            return {**data, "epochs": 200}
+        return data
 
 
 class Evaluation(Section):
@@ -119,23 +190,56 @@ class Evaluation(Section):
     every: NonNegativeInt = 0
 
 
+class Retrain(Section):
+    """A second stage: the classifier anew, everything before it as the first stage left it.
+
+    crt, lws      trained for `epochs`, cosine from `lr`, with the sampler and loss given here;
+                  lws trains one factor a class (arXiv 1910.09217)
+    tau-norm      weights w_c / |w_c|^tau; tau auto is tuned on validation images
+    ncm           the nearest class mean, by cosine
+
+    `norm` is the norm layers' mode in crt and lws. frozen: evaluation, as they were left.
+    shifted: batch statistics, and running statistics that go on, with weight and bias fixed
+    (MiSLAS, arXiv 2104.00466). adapting: weight and bias are trained besides.
+    """
+
+    method: Literal["crt", "lws", "tau-norm", "ncm"]
+    norm: Literal["frozen", "shifted", "adapting"] = "frozen"
+    epochs: PositiveInt = 10
+    lr: PositiveFloat = 0.1
+    sampler: Sampler = Sampler(name="balanced")
+    loss: Loss = Loss()
+    tau: Literal["auto"] | NonNegativeFloat = "auto"
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method trains, as opposed to computing the classifier."""
+        return self.method in ("crt", "lws")
+
+
 class Recipe(Section):
-    """One run, whole. Build it with `validate` or `resolve`, which fill in every option."""
+    """One run, whole. `validate` and `resolve` fill in every option."""
 
     dataset: Dataset = Dataset()
     model: Model = Model()
     norm: Norm = Norm()
     loss: Loss = Loss()
+    sampler: Sampler = Sampler()
     train: Train = Train()
+    retrain: Retrain | None = None
     eval: Evaluation = Evaluation()
     tag: Tag | None = None
     seed: RandomSeed = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:(0|[1-9]\d?))?)$")] = "auto"
 
     def settings(self) -> dict[str, Any]:
-        """What identifies the experiment: all but the seed, the device and how often it looks."""
+        """What identifies the experiment, in words: names, and all that is not the default.
+
+        Without the seed, the device and how often it looks. Since a default is left out, an option
+        that is added later changes no identity; but a default must never change.
+        """
         apart = {"seed": True, "device": True, "eval": {"every"}}
-        return self.model_dump(mode="json", exclude=apart)
+        return _not_default(self, self.model_dump(mode="json", exclude=apart))
 
     def fingerprint(self) -> str:
         """A hash of `settings()`: runs with the same one differ by seed alone."""
@@ -147,284 +251,20 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def validate(data: Mapping[str, Any]) -> Recipe:
-    """Build a recipe from nested mappings.
-
-    Raises:
-        UsageError: with every mistake and its dotted path in one message.
-    """
-    mistakes: list[Mistake] = []
-    recipe = _validate(data, mistakes)
-    if recipe is None:
-        raise _report(mistakes)
-    return recipe
-
-
-def _validate(
-    data: Mapping[str, Any],
-    mistakes: "list[Mistake]",
-    kinds: Iterable[str] = tuple(registry.TABLES),
-) -> Recipe | None:
-    """The recipe, or None and at least one more mistake.
-
-    The options of the sections not in `kinds` are left as they are: looking them up can mean to
-    import torch.
-    """
-    before = len(mistakes)
-    filled = dict(data)
-    for kind in kinds:
-        section = data.get(kind, {})
-        if isinstance(section, Mapping):
-            filled[kind] = _fill_options(kind, section, mistakes)
-    recipe = _collect(Recipe, filled, "", mistakes)
-    if recipe and recipe.eval.split == "val" and recipe.dataset.val == 0:
-        text = "'val' needs held-out images: set dataset.val (--val N) above 0"
-        mistakes.append(Mistake("eval.split", text))
-    if recipe and recipe.train.nesterov and recipe.train.momentum == 0:
-        mistakes.append(Mistake("train.nesterov", "needs train.momentum above 0"))
-    return recipe if len(mistakes) == before else None
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """One mistake in a recipe: where, what, and perhaps how to mend it."""
-
-    path: str
-    text: str
-    hint: str = ""
-
-
-def _report(mistakes: Sequence[Mistake]) -> UsageError:
-    listed = "; ".join(f"{m.path}: {m.text}" for m in mistakes)
-    hints = list(dict.fromkeys(m.hint for m in mistakes if m.hint))
-    hint = "; ".join(hints) or "see `ltnorm list recipes` for valid ones, or the README"
-    count = f"{len(mistakes)} mistakes in the recipe: " if len(mistakes) > 1 else ""
-    return UsageError(count + listed, hint)
-
-
-def _collect(model: type[BaseModel], data: Any, prefix: str, mistakes: list[Mistake]) -> Any | None:
-    """Validate `data`; on failure add what pydantic found to `mistakes`."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            path = ".".join([*([prefix] if prefix else []), *(str(p) for p in item["loc"])])
-            if item["type"] == "extra_forbidden":
-                known = _fields_at(model, item["loc"][:-1])
-                hint = did_you_mean(str(item["loc"][-1]), known)
-                mistakes.append(Mistake(path, "unknown key", hint))
-            else:
-                text = item["msg"][0].lower() + item["msg"][1:]
-                mistakes.append(Mistake(path, f"{text}, got {item['input']!r}"))
-    return None
-
-
-def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    for part in location:
-        annotation = model.model_fields[part].annotation
-        assert annotation is not None
-        model = annotation
-    return list(model.model_fields)
-
-
-def _common_fields(kind: str) -> set[str]:
-    section = Recipe.model_fields[kind].annotation
-    assert section is not None
-    return set(section.model_fields)
-
-
-def _fill_options(kind: str, section: Mapping, mistakes: list[Mistake]) -> dict[str, Any]:
-    """The section with the options of its entry validated and their defaults filled in."""
-    common = {k: v for k, v in section.items() if k in _common_fields(kind)}
-    options = {k: v for k, v in section.items() if k not in common}
-    name = common.get("name", Recipe.model_fields[kind].default.name)
-    try:
-        model = registry.options_model(kind, str(name))
-    except UsageError as error:
-        mistakes.append(Mistake(f"{kind}.name", error.message, error.hint))
-        return common
-    unknown = [k for k in options if k not in model.model_fields]
-    known = [*(_common_fields(kind) - {"name"}), *model.model_fields]
-    for key in unknown:
-        text = f"unknown key ({kind} '{name}' has no such option)"
-        mistakes.append(Mistake(f"{kind}.{key}", text, did_you_mean(str(key), sorted(known))))
-    given = {k: v for k, v in options.items() if k not in unknown}
-    filled = _collect(model, given, kind, mistakes)
-    if filled is None:
-        return common
-    values = filled.model_dump()
-    for target in registry.targets(kind, str(name)):
-        if check := getattr(target, "check_options", None):
-            mistakes.extend(Mistake(f"{kind}.{key}", text) for key, text in check(**values))
-    return common | values
-
-
-@dataclass
-class Overrides:
-    """What the command line says: flags by dotted path, `--set` items, norms and seeds."""
-
-    flags: dict[str, Any] = field(default_factory=dict)
-    sets: Sequence[str] = ()
-    norms: Sequence[str] = ()
-    seeds: Sequence[int] = ()
-
-
-def resolve(
-    base: Mapping[str, Any], overrides: Overrides, kinds: Iterable[str] = tuple(registry.TABLES)
-) -> list[Recipe]:
-    """The recipes of one command: each norm with each seed, seeds innermost.
-
-    A `--set norm.X=...` goes to those of the norms that have X; it is a mistake if none has.
-    `kinds` are the sections whose options are checked and filled in.
-
-    Raises:
-        UsageError: with every mistake and its dotted path in one message.
-    """
-    sets = [_parse_set(item) for item in overrides.sets]
-    # Names first: they decide which options a section has.
-    sets.sort(key=lambda item: not item[0].endswith(".name"))
-    named = [str(value) for key, value in sets if key == "norm.name"]
-    seeds = [value for key, value in sets if key == "seed"] or list(overrides.seeds)
-    default = str(_section(base, "norm").get("name", "bn"))
-    norms = list(dict.fromkeys(named or overrides.norms)) or [default]
-    sets = [(key, value) for key, value in sets if key not in ("norm.name", "seed")]
-
-    mistakes: list[Mistake] = []
-    known = [norm for norm in norms if _is_known(norm, mistakes)]
-    _check_norm_options(sets, known, mistakes)
-    recipes: list[Recipe | None] = []
-    for norm in known or ["bn"]:
-        data = _merge(base, norm, overrides.flags, sets)
-        wanted = seeds or [data.get("seed", 0)]
-        for seed in (s for i, s in enumerate(wanted) if s not in wanted[:i]):
-            recipes.append(_validate(data | {"seed": seed}, mistakes, kinds))
-    if mistakes:
-        raise _report(list(dict.fromkeys(mistakes)))
-    return [recipe for recipe in recipes if recipe]
-
-
-def _merge(
-    base: Mapping[str, Any],
-    norm: str,
-    flags: Mapping[str, Any],
-    sets: Iterable[tuple[str, Any]],
-) -> dict[str, Any]:
-    """The recipe of one norm as nested mappings: base < flags < sets."""
-    data: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in base.items()}
-    _put(data, "norm.name", norm)
-    for key, value in flags.items():
-        _put(data, key, value)
-    for key, value in sets:
-        if not key.startswith("norm.") or _has_option(norm, key.removeprefix("norm.")):
-            _put(data, key, value)
-    return data
-
-
-def _is_known(norm: str, mistakes: list[Mistake]) -> bool:
-    try:
-        registry.lookup("norm", norm)
-    except UsageError as error:
-        mistakes.append(Mistake("norm.name", error.message, error.hint))
-        return False
-    return True
-
-
-def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    section = data.get(key)
-    return section if isinstance(section, Mapping) else {}
-
-
-def _parse_set(item: str) -> tuple[str, Any]:
-    key, equals, value = item.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"--set {item}: not key=value", "for example --set train.lr=0.2")
-    if key.strip() in Recipe.model_fields and key.strip() not in ("tag", "seed", "device"):
-        raise UsageError(
-            f"--set {item}: '{key.strip()}' is a section",
-            f"set one of its keys: {key.strip()}.KEY=...",
-        )
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UsageError(
-            f"--set {item}: the value is not YAML", "quote it, for example --set 'tag=\"a b\"'"
-        ) from error
-
-
-def _has_option(norm: str, option: str) -> bool:
-    return option in registry.options_model("norm", norm).model_fields
-
-
-def _check_norm_options(
-    sets: Iterable[tuple[str, Any]], norms: Sequence[str], mistakes: list[Mistake]
-) -> None:
-    for key, _ in sets:
-        option = key.removeprefix("norm.")
-        if not norms or option == key or any(_has_option(n, option) for n in norms):
-            continue
-        known = sorted({o for n in norms for o in registry.options_model("norm", n).model_fields})
-        text = f"none of the norms ({', '.join(norms)}) has an option '{option}'"
-        mistakes.append(Mistake(key, text, did_you_mean(option, known)))
-
-
-def _put(data: dict[str, Any], path: str, value: Any) -> None:
-    """Set a dotted path; naming another entry of a section drops the options of the old one."""
-    *parents, last = path.split(".")
-    node = data
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise UsageError(f"{path}: '{parent}' is not a section", "see `ltnorm list recipes`")
-        node = child
-    section = parents[0] if parents else ""
-    if last == "name" and section in registry.TABLES and node.get("name", value) != value:
-        for key in set(node) - _common_fields(section):
-            del node[key]
-    node[last] = value
-
-
-def recipes_folder() -> Path:
-    """Where the shipped recipes lie: inside the installed package, or beside it in a checkout."""
-    here = Path(__file__).parent
-    installed = here / "recipes"
-    return installed if installed.is_dir() else here.parent / "recipes"
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The shipped recipes, name -> file."""
-    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
-
-
-def read(name_or_path: str) -> dict[str, Any]:
-    """The mapping in a recipe, shipped (by name) or the user's own (by path); not validated."""
-    shipped = shipped_recipes()
-    path = Path(name_or_path)
-    if name_or_path in shipped:
-        path = shipped[name_or_path]
-    elif path.is_dir() and (path / "recipe.yaml").is_file():
-        path = path / "recipe.yaml"
-    elif not path.is_file():
-        raise UsageError(
-            f"no recipe '{name_or_path}': neither a shipped one nor a file",
-            did_you_mean(name_or_path, shipped),
-        )
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        raise UsageError(
-            f"{path}: not readable as YAML{line}",
-            "a recipe is a YAML mapping; see recipes/quick.yaml",
-        ) from error
-    if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
-        raise UsageError(
-            f"{path}: not a mapping of sections", "a recipe starts like `train: {epochs: 10}`"
-        )
-    return data
-
-
-def summary(path: Path) -> str:
-    """The first comment line of a recipe: what it is."""
-    with path.open(encoding="utf-8") as file:
-        return file.readline().lstrip("# ").strip()
+def _not_default(section: Section, dumped: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a dumped section its name and what is not the default; empty parts are left out."""
+    options: Mapping[str, Any] = {}
+    if isinstance(section, NamedSection):
+        options = registry.options_model(section.kind, section.name)().model_dump(mode="json")
+    fields = type(section).model_fields
+    kept: dict[str, Any] = {}
+    for key, value in dumped.items():
+        if key not in fields:  # an option of the named entry
+            if value != options.get(key):
+                kept[key] = value
+        elif isinstance(part := getattr(section, key), Section):
+            if rest := _not_default(part, value):
+                kept[key] = rest
+        elif key in ("name", "method") or getattr(section, key) != fields[key].default:
+            kept[key] = value
+    return kept

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ltnorm import recipe as recipes
+from ltnorm import resolve as recipes
 from ltnorm.cli import main
 from ltnorm.data.prepare import prepare
 

@@ -307,8 +307,8 @@ def test_damaged_checkpoints_and_missing_runs(failing, ltnorm, tmp_path):
 def test_results_of_another_schema(failing, ltnorm, tmp_path):
     ltnorm(TINY_BN)
     file = tmp_path / BN_RUN / "result.csv"
-    file.write_text(file.read_text().replace("schema,", "schema,added,").replace("\n1,", "\n2,x,"))
-    assert "schema 2" in failing("compare results", code=1)
+    file.write_text(file.read_text().replace("schema,", "schema,added,").replace("\n2,", "\n9,x,"))
+    assert "schema 9" in failing("compare results", code=1)
 
 
 def test_nothing_to_compare(failing, tmp_path):
@@ -350,7 +350,7 @@ def test_a_result_of_other_settings_is_never_taken_for_this_run(ltnorm, tmp_path
 def test_a_failed_repetition_keeps_the_old_result(ltnorm, tmp_path, monkeypatch):
     ltnorm(TINY_BN)
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(running, "fit", interrupted)
@@ -391,10 +391,10 @@ def test_a_full_disk_in_the_middle_keeps_finished_runs(failing, ltnorm, tmp_path
 def test_divergence_ends_one_run_and_the_others_go_on(ltnorm, monkeypatch):
     fit = running.fit
 
-    def fit_gn_diverges(objective, loader, train, progress, measure):
+    def fit_gn_diverges(objective, loader, train, progress, **more):
         if "gn" in progress.label:
             train = train.model_copy(update={"lr": 1e30})
-        return fit(objective, loader, train, progress, measure)
+        return fit(objective, loader, train, progress, **more)
 
     monkeypatch.setattr(running, "fit", fit_gn_diverges)
     answer = ltnorm("train --recipe tiny.yaml --norm bn --norm gn --norm compound")
@@ -408,10 +408,10 @@ def test_divergence_ends_one_run_and_the_others_go_on(ltnorm, monkeypatch):
 def test_ctrl_c_keeps_finished_runs_and_says_how_to_go_on(ltnorm, monkeypatch):
     fit = running.fit
 
-    def interrupted(objective, loader, train, progress, measure):
+    def interrupted(objective, loader, train, progress, **more):
         if "gn" in progress.label:
             raise KeyboardInterrupt
-        return fit(objective, loader, train, progress, measure)
+        return fit(objective, loader, train, progress, **more)
 
     monkeypatch.setattr(running, "fit", interrupted)
     answer = ltnorm("train --recipe tiny.yaml --norm bn --norm gn")

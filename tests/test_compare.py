@@ -7,11 +7,11 @@ import statistics
 import pytest
 import rich.console
 
-from ltnorm import recipe as recipes
+from ltnorm import resolve as recipes
 from ltnorm.errors import LtnormError, NothingFound, UsageError
-from ltnorm.recipe import Overrides
 from ltnorm.reporting import schema, tables
 from ltnorm.reporting.compare import compare, load
+from ltnorm.resolve import Overrides
 
 
 def result(norm="bn", seed=0, tail=10.0, all_=50.0, sets=(), flags=None, **changes):
@@ -29,10 +29,15 @@ def result(norm="bn", seed=0, tail=10.0, all_=50.0, sets=(), flags=None, **chang
         model="resnet32",
         norm=norm,
         norm_options=", ".join(s.removeprefix("norm.") for s in sets if s.startswith("norm.")),
-        loss="ce",
+        loss=recipe.loss.name,
+        loss_options=recipe.loss.changes(),
+        sampler=recipe.sampler.name,
+        retrain=recipe.retrain.method if recipe.retrain else None,
+        tau=None,
         tag=None,
         seed=seed,
-        epochs=200,
+        epochs=200.0,
+        steps=19400,
         batch_size=128,
         lr=recipe.train.lr,
         precision="fp32",
@@ -259,8 +264,8 @@ def test_bad_files_are_told_and_the_rest_is_compared(tmp_path):
         (tmp_path / place).mkdir()
         schema.write_result(tmp_path / place, result(seed=ord(place)))
     text = (tmp_path / "a" / schema.RESULT).read_text()
-    (tmp_path / "a" / schema.RESULT).write_text(text.replace("\n1,", "\n7,", 1))
-    (tmp_path / "b" / schema.RESULT).write_text(text.splitlines()[0] + "\n1,2\n")
+    (tmp_path / "a" / schema.RESULT).write_text(text.replace("\n2,", "\n7,", 1))
+    (tmp_path / "b" / schema.RESULT).write_text(text.splitlines()[0] + "\n2,2\n")
     (tmp_path / "c" / schema.RESULT).write_bytes(b"\xff\xfe\x00")
     results, problems = load([tmp_path])
     assert [r.seed for r in results] == [ord("d")]

@@ -17,7 +17,7 @@ from ltnorm.data.prepare import PreparedSet
 from ltnorm.evaluation import evaluate
 from ltnorm.evaluation.inspection import Inspector, choose, without_affine
 from ltnorm.norms import norm_layer
-from ltnorm.training.run import build_model
+from ltnorm.training.build import build_model
 
 GROUPS = ("head", "medium", "tail")
 RUN = "results/synthetic-exp10/resnet8-{}-ce/seed0"
@@ -190,7 +190,7 @@ def test_the_limits_of_entropy_and_contrast():
 @pytest.mark.parametrize("norm", registry.NORMS)
 def test_every_norm_can_be_looked_into(norm, tiny_recipe, tiny_set):
     recipe = tiny_recipe(norm)
-    model = build_model(recipe, 4, 8)
+    model = build_model(recipe, [9, 5, 3, 2], 8)
     before = copy.deepcopy(model.state_dict())
     inspector = Inspector(model, norm, tiny_set, "test", "auto", CPU)
     found = inspector.inspect()
@@ -233,7 +233,7 @@ def test_the_threshold_of_frn_is_left_out():
 
 @pytest.mark.parametrize("norm", ["bn", "compound"])
 def test_the_batch_size_does_not_matter(norm, tiny_recipe, tiny_set, monkeypatch):
-    model = build_model(tiny_recipe(norm), 4, 8)
+    model = build_model(tiny_recipe(norm), [9, 5, 3, 2], 8)
 
     def seen():
         inspector = Inspector(model, norm, tiny_set, "train", "auto", CPU)

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ltnorm import recipe as recipes
 from ltnorm.data import datasets
 from ltnorm.data.longtail import choose
 from ltnorm.data.prepare import find, prepare, set_id
 from ltnorm.data.synthetic import synthetic
 from ltnorm.errors import LtnormError, UsageError
+from ltnorm.validation import validate
 
 
 def spec(**options):
     small = {"name": "synthetic", "train_per_class": 100, "test_per_class": 5}
-    return recipes.validate({"dataset": small | options}).dataset
+    return validate({"dataset": small | options}).dataset
 
 
 def test_a_prepared_set_holds_the_chosen_images(tmp_path):
@@ -63,7 +63,7 @@ def test_what_changes_the_images_changes_the_name():
         )
     ]
     assert len(set(names)) == len(names)
-    assert set_id(recipes.validate({}).dataset) == "synthetic-exp100"
+    assert set_id(validate({}).dataset) == "synthetic-exp100"
 
 
 @pytest.mark.parametrize("file", ["train_images.npy", "test_labels.npy"])
@@ -147,7 +147,7 @@ def test_synthetic_is_seeded_balanced_and_ambiguous(tmp_path):
 
 def test_missing_data_says_where_it_was_looked_for(tmp_path):
     for name in ("cifar10", "cifar100", "fashion-mnist"):
-        wanted = recipes.validate({"dataset": {"name": name}}).dataset
+        wanted = validate({"dataset": {"name": name}}).dataset
         with pytest.raises(UsageError, match=str(tmp_path)) as error:
             prepare(wanted, tmp_path, tmp_path / "data")
         assert f"ltnorm prepare --dataset {name}" in error.value.hint
@@ -192,7 +192,7 @@ def test_cifar10_is_read_as_torchvision_reads_it(real_data, tmp_path):
 
 
 def test_cifar10_lt_on_real_data(real_data, tmp_path):
-    wanted = recipes.validate({"dataset": {"name": "cifar10"}}).dataset
+    wanted = validate({"dataset": {"name": "cifar10"}}).dataset
     made = prepare(wanted, real_data, tmp_path)
     assert made.counts == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
     assert len(made.load("test")[1]) == 10000
@@ -266,7 +266,7 @@ def mirror(tmp_path, monkeypatch):
 
 
 def test_prepare_downloads_what_is_missing(tmp_path, mirror):
-    wanted = recipes.validate({"dataset": {"name": "fashion-mnist", "ratio": 2}}).dataset
+    wanted = validate({"dataset": {"name": "fashion-mnist", "ratio": 2}}).dataset
     made = prepare(wanted, tmp_path / "raw", tmp_path / "data", download=True)
     images, labels = made.load("train")
     assert made.counts[0] == 6
@@ -281,7 +281,7 @@ def test_prepare_downloads_what_is_missing(tmp_path, mirror):
 def test_a_failed_download_is_told(tmp_path, mirror):
     for file in mirror.iterdir():
         file.unlink()
-    wanted = recipes.validate({"dataset": {"name": "fashion-mnist"}}).dataset
+    wanted = validate({"dataset": {"name": "fashion-mnist"}}).dataset
     with pytest.raises(LtnormError, match="could not be downloaded") as error:
         prepare(wanted, tmp_path / "raw", tmp_path / "data", download=True)
     assert "network" in error.value.hint

@@ -2,18 +2,16 @@ import copy
 import csv
 import json
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from ltnorm import registry
 from ltnorm.models import build
 from ltnorm.norms import norm_layer, recalibrate, route
 from ltnorm.norms.recalibrate import recalibrating, running_layers
-from ltnorm.training.recalibrate import balanced_sample
+from ltnorm.training import recalibrate as runs
+from ltnorm.training.build import build_model
 
 WITH_STATISTICS = [n for n in registry.NORMS if running_layers(norm_layer(n)(4))]
 
@@ -117,17 +115,37 @@ def test_it_needs_statistics_and_a_batch():
         recalibrate(nn.Sequential(nn.BatchNorm2d(3)), iter(()))
 
 
-@given(counts=st.lists(st.integers(1, 60), min_size=1, max_size=8), seed=st.integers(0, 2**32 - 1))
-def test_a_balanced_sample_draws_classes_and_their_images_equally(counts, seed):
-    labels = np.repeat(np.arange(len(counts)), counts)
-    drawn = balanced_sample(labels, seed)
-    assert len(drawn) == len(labels)
-    per_class = np.bincount(labels[drawn], minlength=len(counts))
-    assert per_class.max() - per_class.min() <= 1
-    per_image = np.bincount(drawn, minlength=len(labels))
-    for c in range(len(counts)):
-        own = per_image[labels == c]
-        assert own.max() - own.min() <= 1
+@pytest.mark.parametrize("sampling", ["natural", "balanced"])
+def test_a_pass_takes_the_classes_as_asked(tiny_recipe, tiny_set, monkeypatch, sampling):
+    passed = []
+
+    class Objective(nn.Module):
+        def forward(self, images, labels, *_):
+            passed.append(labels)
+
+    monkeypatch.setattr(runs, "build_objective", lambda *_: Objective())
+    recipe = tiny_recipe()
+    runs.recalibrated(recipe, network(), tiny_set, sampling, torch.device("cpu"))
+    counts = torch.cat(passed).bincount().tolist()
+    if sampling == "natural":
+        assert counts == tiny_set.counts
+    else:
+        assert sum(counts) == sum(tiny_set.counts)
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("norm", ["bn", "split", "compound"])
+def test_a_pass_has_the_mixing_of_training(tiny_recipe, tiny_set, norm):
+    def statistics(**flags):
+        recipe = tiny_recipe(norm=norm, **flags)
+        model = build_model(recipe, [9, 5, 3, 2], 8)
+        made = runs.recalibrated(recipe, model, tiny_set, "balanced", torch.device("cpu"))
+        return made.norm.running_var.mean()
+
+    plain, mixed = statistics(), statistics(**{"train.mixup": 1.0})
+    assert mixed.isfinite()
+    assert mixed != plain
+    assert mixed == statistics(**{"train.mixup": 1.0})
 
 
 def test_eval_shows_rows_of_their_own(ltnorm):
@@ -136,9 +154,10 @@ def test_eval_shows_rows_of_their_own(ltnorm):
     plain = ltnorm(f"eval {directory}")
     both = ltnorm(f"eval {directory} --recalibrate natural --recalibrate balanced")
     assert both.code == 0, both.err
-    rows = [line.split()[0] for line in both.out.splitlines()[1:6] if line.strip()]
-    assert rows[0] == "statistics"
-    assert rows[2:] == ["trained", "natural", "balanced"]
+    rows = [" ".join(line.split()[:2]) for line in both.out.splitlines()[1:6] if line.strip()]
+    assert rows[0] == "model all"
+    assert rows[2].startswith("trained")
+    assert rows[3:] == ["recalibrated natural", "recalibrated balanced"]
     document = json.loads(
         ltnorm(f"eval {directory} --json --recalibrate natural --recalibrate balanced").out
     )
@@ -152,7 +171,7 @@ def test_eval_shows_rows_of_their_own(ltnorm):
     assert recalibrated["balanced"]["nll"] != recalibrated["natural"]["nll"]
     with open(f"{directory}/result.csv") as file:
         assert float(next(csv.DictReader(file))["nll"]) == pytest.approx(document["nll"])
-    assert "statistics" not in plain.out
+    assert "trained" not in plain.out
 
 
 def test_eval_refuses_what_cannot_be_recalibrated(ltnorm, failing):

@@ -3,10 +3,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltnorm import recipe as recipes
 from ltnorm import registry
+from ltnorm import resolve as recipes
 from ltnorm.errors import UsageError
-from ltnorm.recipe import Overrides, resolve, validate
+from ltnorm.resolve import Overrides, resolve
+from ltnorm.validation import validate
 
 
 def test_the_defaults_are_the_standard_recipe():

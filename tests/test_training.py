@@ -9,82 +9,16 @@ from ltnorm.console import Output
 from ltnorm.data import class_groups
 from ltnorm.errors import LtnormError
 from ltnorm.norms import norm_layer
-from ltnorm.recipe import Train
 from ltnorm.reporting import schema
-from ltnorm.training import checkpoint, optim
+from ltnorm.training import checkpoint
+from ltnorm.training.build import build_model, build_objective, concrete
 from ltnorm.training.device import resolve_precision
 from ltnorm.training.dual import DualPath
 from ltnorm.training.objective import RoutedPath, SinglePath
-from ltnorm.training.run import build_model, build_objective, concrete, run
+from ltnorm.training.run import run
 
 NORMS = list(registry.NORMS)
 GROUPS = torch.tensor([0, 0, 1, 1])
-
-
-@pytest.mark.parametrize(
-    ("epoch", "lr"),
-    [
-        (1, 0.02),
-        (4, 0.08),
-        (5, 0.1),
-        (6, 0.1),
-        (160, 0.1),
-        (161, 0.001),
-        (180, 0.001),
-        (181, 0.00001),
-        (200, 0.00001),
-    ],
-)
-def test_the_step_schedule_is_ldam_drws(epoch, lr):
-    assert optim.learning_rate(Train(), epoch) == pytest.approx(lr, rel=1e-9)
-
-
-def test_the_cosine_schedule_starts_at_lr_and_falls_towards_zero():
-    train = Train(epochs=20, schedule="cosine", warmup_epochs=4, lr=0.4)
-    rates = [optim.learning_rate(train, epoch) for epoch in range(1, 21)]
-    assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert rates[12] == pytest.approx(0.2)
-    assert 0 < rates[-1] < 0.01
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"nesterov": True}, {"weight_decay": 0.0}, {"momentum": 0.0}, {"weight_decay": 0.1}],
-)
-def test_sgd_is_torchs_bit_for_bit(settings):
-    train = Train(**settings)
-    generator = torch.Generator().manual_seed(0)
-    ours = [nn.Parameter(torch.randn(4, 3, generator=generator)) for _ in range(3)]
-    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    optimizer = optim.SGD(train, ours)
-    reference = torch.optim.SGD(
-        theirs,
-        train.lr,
-        momentum=train.momentum,
-        nesterov=train.nesterov,
-        weight_decay=train.weight_decay,
-    )
-    for step in range(5):
-        optimizer.lr = reference.param_groups[0]["lr"] = 0.1 / (step + 1)
-        optimizer.zero_grad()
-        reference.zero_grad()
-        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-            if i == 2 and step < 2:
-                continue  # no gradient yet
-            p.grad = torch.randn(4, 3, generator=generator)
-            q.grad = p.grad.clone()
-        optimizer.step()
-        reference.step()
-    for p, q in zip(ours, theirs, strict=True):
-        assert torch.equal(p, q)
-
-
-def test_warm_up_can_be_left_out():
-    train = Train(epochs=10, warmup_epochs=0)
-    assert [optim.learning_rate(train, e) for e in (1, 8, 9, 10)] == pytest.approx(
-        [0.1, 0.1, 0.001, 0.00001]
-    )
 
 
 def batch():
@@ -179,7 +113,7 @@ def test_split_with_one_group_trains_as_bn():
 @pytest.mark.parametrize("norm", NORMS)
 def test_initial_weights_of_a_run_pair_across_norms(tiny_recipe, tiny_set, norm):
     recipes = [tiny_recipe(norm=name, seed=3) for name in ("bn", norm)]
-    bn, other = (build_model(recipe, 4, 8) for recipe in recipes)
+    bn, other = (build_model(recipe, [9, 5, 3, 2], 8) for recipe in recipes)
     assert torch.equal(bn.fc.weight, other.fc.weight)
     assert torch.equal(bn.blocks[1].conv2.weight, other.blocks[1].conv2.weight)
 
@@ -188,7 +122,7 @@ def test_objectives_follow_the_registry(tiny_recipe, tiny_set):
     kinds = {"bn": SinglePath, "gn": SinglePath, "split": RoutedPath, "compound": DualPath}
     for name, kind in kinds.items():
         recipe = tiny_recipe(norm=name)
-        made = build_objective(recipe, build_model(recipe, 4, 8), tiny_set.counts)
+        made = build_objective(recipe, build_model(recipe, [9, 5, 3, 2], 8), tiny_set.counts)
         assert type(made) is kind
     assert made.class_group.tolist() == class_groups(tiny_set.counts, 2)
 
@@ -208,7 +142,7 @@ def test_two_runs_of_one_seed_are_identical(tiny_recipe, tiny_set, tmp_path, nor
 
 
 def test_another_seed_gives_other_weights(tiny_recipe):
-    first, second = (build_model(tiny_recipe(seed=s), 4, 8) for s in (0, 1))
+    first, second = (build_model(tiny_recipe(seed=s), [9, 5, 3, 2], 8) for s in (0, 1))
     assert not torch.equal(first.fc.weight, second.fc.weight)
 
 
@@ -217,7 +151,7 @@ def test_training_lowers_the_loss(tiny_recipe, tiny_set, tmp_path):
         recipe, _ = concrete(tiny_recipe(norm=norm, **{"train.epochs": 16}))
         run(recipe, tiny_set, tmp_path, Output(quiet=True))
         rows = (schema.run_directory(recipe, tmp_path) / "epochs.csv").read_text().splitlines()
-        assert rows[0] == "epoch,lr,loss,seconds,images_per_second,accuracy"
+        assert rows[0] == ("epoch,lr,loss,steps,images,seconds,images_per_second,accuracy")
         first, last = (float(row.split(",")[2]) for row in (rows[1], rows[-1]))
         # (Three components of exact posteriors learn slowly from batches of 16 tiny images.)
         assert last < (0.99 if norm == "mixture" else 0.85) * first, norm

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ltnorm.recipe import shipped_recipes
+from ltnorm.resolve import shipped_recipes
 
 PROJECT = Path(__file__).parent.parent
 UV = shutil.which("uv")

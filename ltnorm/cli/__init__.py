@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ltnorm import __version__
-from ltnorm.cli import bench, catalogue, compare, evaluate, inspect, prepare, train
+from ltnorm.cli import bench, catalogue, compare, evaluate, inspect, prepare, retrain, train
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("prepare")(prepare.command)
 app.command("train")(train.command)
+app.command("retrain")(retrain.command)
 app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
 app.command("compare")(compare.command)

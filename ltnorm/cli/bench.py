@@ -39,12 +39,8 @@ def command(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Add a row a norm for torch.compile.")
     ] = False,
-    loss: Annotated[
-        str | None, typer.Option("--loss", help="Loss; see `ltnorm list losses`.")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="auto, fp32 or bf16.")
-    ] = None,
+    loss: options.Loss = None,
+    precision: options.Precision = None,
     device: options.Device = None,
     recipe: options.Recipe = None,
     set_: options.Set = None,
@@ -58,7 +54,7 @@ def command(
 
     `ltnorm bench --model resnet32 --norm bn --norm compound --set norm.dual_path=false`
     """
-    from ltnorm import recipe as recipes
+    from ltnorm import resolve as recipes
 
     output = Output(quiet=quiet, json=json)
     base = recipes.read(recipe) if recipe else {"model": {"name": DEFAULT_MODEL}}
@@ -70,7 +66,7 @@ def command(
     planned = recipes.resolve(base, overrides, kinds=("norm", "model", "loss"))
 
     from ltnorm import bench
-    from ltnorm.training.run import concrete
+    from ltnorm.training.build import concrete
 
     resolved = [concrete(planned_recipe) for planned_recipe in planned]
     first, reason = resolved[0]
@@ -95,11 +91,10 @@ def _variants(recipes: Sequence[Any], baseline: str, compiled: bool) -> list[Any
     """A variant a recipe, each followed by its compiled twin if that is wanted."""
     from ltnorm.bench import Variant
     from ltnorm.errors import UsageError, did_you_mean
-    from ltnorm.training.run import changed_options
 
     labels = {}
     for recipe in recipes:
-        changed = changed_options(recipe)
+        changed = recipe.norm.changes()
         labels[recipe.norm.name] = recipe.norm.name + (f" ({changed})" if changed else "")
     if baseline not in labels:  # `--set norm.name=...` chose others
         raise UsageError(f"no row '{baseline}' to compare with", did_you_mean(baseline, labels))

@@ -1,5 +1,6 @@
 """`ltnorm eval`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,9 +9,11 @@ import typer
 
 from ltnorm.cli import options
 from ltnorm.console import Output, grid
+from ltnorm.errors import UsageError, did_you_mean
 
 SAMPLINGS = ("natural", "balanced")
 OTHER_METRICS = ("macro F1", "G-mean", "worst class", "NLL", "ECE")
+TRAINED = "trained"
 
 
 def command(
@@ -26,6 +29,28 @@ def command(
             "balanced (every class equally); may be repeated.",
         ),
     ] = None,
+    tau_norm: Annotated[
+        bool,
+        typer.Option(
+            "--tau-norm", help="Also with tau-normalized classifier weights; tau tuned, or --tau."
+        ),
+    ] = False,
+    tau: Annotated[
+        float | None,
+        typer.Option("--tau", min=0, help="The tau of --tau-norm (tuned on validation images)."),
+    ] = None,
+    logit_adjust: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--logit-adjust",
+            metavar="TAU",
+            help="Also with logits less TAU log prior; auto tunes it on validation images. May be "
+            "repeated.",
+        ),
+    ] = None,
+    ncm: Annotated[
+        bool, typer.Option("--ncm", help="Also by the nearest class mean of the features.")
+    ] = False,
     root: options.Root = options.ROOT,
     data_dir: options.DataDir = options.DATA_DIR,
     device: options.Device = None,
@@ -34,12 +59,11 @@ def command(
 ) -> None:
     """Evaluate a trained model by group and by class.
 
-    Prints calibration, macro F1 and G-mean, too. The numbers are those of the run's result.csv.
+    Prints calibration, macro F1 and G-mean, too. The numbers are those of the run's result.csv;
+    corrections after training are shown as rows beside them.
 
-    `ltnorm eval results/synthetic-exp100/resnet8-bn-ce/seed0 --recalibrate balanced`
+    `ltnorm eval results/synthetic-exp100/resnet8-bn-ce/seed0 --ncm --logit-adjust 1`
     """
-    from ltnorm.errors import UsageError, did_you_mean
-
     output = Output(quiet=quiet, json=json)
     if split not in (None, "test", "val"):
         raise UsageError(f"unknown split '{split}'", "choose from test, val")
@@ -47,27 +71,55 @@ def command(
         if sampling not in SAMPLINGS:
             hint = did_you_mean(sampling, SAMPLINGS)
             raise UsageError(f"unknown sampling '{sampling}' of --recalibrate", hint)
+    if tau is not None and not tau_norm:
+        raise UsageError("--tau is of --tau-norm", "add --tau-norm, or use --logit-adjust TAU")
+    taus = [_tau(text) for text in logit_adjust or ()]
 
     from ltnorm.evaluation.evaluate import evaluate_split
+    from ltnorm.evaluation.posthoc import Corrections
     from ltnorm.training.run import load_run
 
     trained = load_run(run, root, data_dir, device)
     recipe, data, model, where = trained.recipe, trained.data, trained.model, trained.device
     split = split or recipe.eval.split
-    models = {"trained": model} | _recalibrated(recipe, model, data, recalibrate or (), where)
-    measured = {
-        name: evaluate_split(m, data, split, recipe.eval.groups, where)
-        for name, m in models.items()
+    corrections = Corrections(model, data, split, recipe.eval.groups, where)
+    if tau_norm:
+        corrections.tau_norm(tau)
+    for value in taus:
+        corrections.logit_adjust(value)
+    if ncm:
+        corrections.ncm()
+    measured = {TRAINED: evaluate_split(model, data, split, recipe.eval.groups, where)}
+    recalibrated = {
+        sampling: evaluate_split(m, data, split, recipe.eval.groups, where)
+        for sampling, m in _recalibrated(recipe, model, data, recalibrate or (), where).items()
     }
-    output.product(_tables(recipe, data, split, measured))
-    output.document(_document(recipe, split, measured))
+    rows = {f"recalibrated {sampling}": found for sampling, found in recalibrated.items()}
+    output.product(_tables(recipe, data, split, measured | rows | corrections.measured))
+    output.document(
+        _document(recipe, split, measured[TRAINED])
+        | {"recalibrated": {k: _columns(found) for k, found in recalibrated.items()}}
+        | {"posthoc": {k: _columns(found) for k, found in corrections.measured.items()}}
+    )
+
+
+def _tau(text: str) -> float | None:
+    """A number from 0, or None for auto."""
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise UsageError(f"--logit-adjust '{text}' is no number from 0", "like 1, or auto")
+    return value
 
 
 def _recalibrated(
     recipe: Any, model: Any, data: Any, samplings: Sequence[str], device: Any
 ) -> dict[str, Any]:
     """The model with statistics computed anew, by sampling."""
-    from ltnorm.errors import UsageError
     from ltnorm.training.recalibrate import recalibrated
 
     try:
@@ -87,15 +139,14 @@ def _tables(recipe: Any, data: Any, split: str, measured: Mapping[str, Any]) -> 
     from rich.console import Group
     from rich.text import Text
 
-    trained = measured["trained"]
+    trained = measured[TRAINED]
     name = f"{data.set_id} · {recipe.model.name} · {recipe.norm.name} · seed {recipe.seed}"
-    overall = [
-        *([["statistics", *measured]] if len(measured) > 1 else []),
-        *map(list, zip(*(_overall(m.metrics) for m in measured.values()), strict=True)),
-    ]
+    several = len(measured) > 1
     headings = ["all", *trained.metrics.groups, *OTHER_METRICS]
-    for heading, column in zip(headings, overall[-len(headings) :], strict=True):
-        column.insert(0, heading)
+    cells = [_overall(found.metrics) for found in measured.values()]
+    overall = [list(column) for column in zip(headings, *cells, strict=True)]
+    if several:
+        overall.insert(0, ["model", *measured])
     metrics = trained.metrics
     classes = [
         ["class", *map(str, range(len(data.classes)))],
@@ -106,11 +157,11 @@ def _tables(recipe: Any, data: Any, split: str, measured: Mapping[str, Any]) -> 
         ["", *("█" * round((accuracy or 0) / 4) for accuracy in metrics.per_class)],
     ]
     legend = f"in %, NLL in nats; groups by {trained.scheme}; ECE over 15 bins"
-    if len(measured) > 1:
-        legend += "; classes with the statistics as trained"
+    if several:
+        legend += "; classes of the model as trained"
     title = Text(f"{name} · {split}", style="bold")
     tables = [
-        grid(overall, left=(0,) if len(measured) > 1 else ()),
+        grid(overall, left=(0,) if several else ()),
         Text(),
         grid(classes, left=(1, 3, 5)),
     ]
@@ -128,15 +179,15 @@ def _overall(metrics: Any) -> list[str]:
     ]
 
 
-def _document(recipe: Any, split: str, measured: Mapping[str, Any]) -> dict[str, Any]:
-    trained, *others = (
-        {**m.columns(), "per_class": m.metrics.per_class} for m in measured.values()
-    )
+def _columns(found: Any) -> dict[str, Any]:
+    return {**found.columns(), "per_class": found.metrics.per_class}
+
+
+def _document(recipe: Any, split: str, trained: Any) -> dict[str, Any]:
     return {
         "norm": recipe.norm.name,
         "seed": recipe.seed,
         "split": split,
-        **trained,
-        "groups": measured["trained"].groups,
-        "recalibrated": dict(zip(list(measured)[1:], others, strict=True)),
+        **_columns(trained),
+        "groups": trained.groups,
     }

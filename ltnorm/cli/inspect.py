@@ -95,7 +95,6 @@ def _inspector(trained: Any, split: Any) -> Any:
 
 def _inspected(run: Path, trained: Any, found: Any) -> Any:
     from ltnorm.reporting.inspection import Inspected
-    from ltnorm.training.run import changed_options
 
     recipe = trained.recipe
     return Inspected(
@@ -103,7 +102,7 @@ def _inspected(run: Path, trained: Any, found: Any) -> Any:
         set_id=trained.data.set_id,
         model=recipe.model.name,
         norm=recipe.norm.name,
-        norm_options=changed_options(recipe),
+        norm_options=recipe.norm.changes(),
         tag=recipe.tag,
         seed=recipe.seed,
         inspection=found,

@@ -38,6 +38,17 @@ Set = Annotated[
     typer.Option("--set", help="Any key of the recipe: `--set norm.components=3`."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
+Model = Annotated[str | None, typer.Option("--model", help="Backbone; see `ltnorm list models`.")]
+Loss = Annotated[str | None, typer.Option("--loss", help="Loss; see `ltnorm list losses`.")]
+Sampler = Annotated[
+    str | None, typer.Option("--sampler", help="Sampler; see `ltnorm list samplers`.")
+]
+Precision = Annotated[str | None, typer.Option("--precision", help="auto, fp32 or bf16.")]
+Tag = Annotated[str | None, typer.Option("--tag", help="A word that tells this experiment apart.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what would be run and where, and do nothing."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Do it again if it is done.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the result.")]
@@ -55,7 +66,11 @@ RECIPE_FLAGS = {
     "eval_split": "eval.split",
     "model": "model.name",
     "loss": "loss.name",
+    "sampler": "sampler.name",
     "epochs": "train.epochs",
+    "steps": "train.steps",
+    "seconds": "train.seconds",
+    "optimizer": "train.optimizer",
     "batch_size": "train.batch_size",
     "lr": "train.lr",
     "precision": "train.precision",

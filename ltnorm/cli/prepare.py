@@ -39,7 +39,7 @@ def command(
 
     `ltnorm prepare --dataset cifar10 --ratio 100`
     """
-    from ltnorm import recipe as recipes
+    from ltnorm import resolve as recipes
     from ltnorm.data import prepare as preparing
     from ltnorm.data import report_groups
     from ltnorm.data.datasets import MissingData

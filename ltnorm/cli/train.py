@@ -2,6 +2,9 @@
 
 import dataclasses
 import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +12,7 @@ import typer
 
 from ltnorm.cli import options
 from ltnorm.console import Output
-from ltnorm.errors import LtnormError
+from ltnorm.errors import LtnormError, UsageError, did_you_mean
 
 
 class Interrupted(LtnormError):
@@ -29,6 +32,15 @@ class _Terminated(Exception):
     """SIGTERM arrived."""
 
 
+# What `--schedule` sets, by its value.
+SCHEDULES = {
+    "drw": "loss.schedule",
+    "step": "train.schedule",
+    "multistep": "train.schedule",
+    "cosine": "train.schedule",
+}
+
+
 def command(
     context: typer.Context,
     norm: Annotated[
@@ -40,27 +52,37 @@ def command(
     ] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", help="Several seeds: 0-4 or 1,3.")] = None,
     recipe: options.Recipe = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Backbone; see `ltnorm list models`.")
+    model: options.Model = None,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option("--pretrained", help="A local file of weights that the model starts from."),
     ] = None,
-    loss: Annotated[
-        str | None, typer.Option("--loss", help="Loss; see `ltnorm list losses`.")
+    loss: options.Loss = None,
+    sampler: options.Sampler = None,
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--schedule",
+            help="drw defers the weights of classes; step and cosine are of the learning rate. "
+            "May be repeated.",
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Budget in epochs.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Budget in steps.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="Budget in seconds of training.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images a step.")] = None,
+    optimizer: Annotated[str | None, typer.Option("--optimizer", help="sgd, adamw or sam.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="auto, fp32 or bf16.")
-    ] = None,
+    precision: options.Precision = None,
     device: options.Device = None,
     set_: options.Set = None,
     eval_split: Annotated[
         str | None,
         typer.Option("--eval-split", help="test, or val: then the test set is never opened."),
     ] = None,
-    tag: Annotated[
-        str | None, typer.Option("--tag", help="A word that tells this experiment apart.")
-    ] = None,
+    tag: options.Tag = None,
     dataset: options.Dataset = None,
     ratio: options.Ratio = None,
     profile: options.Profile = None,
@@ -72,6 +94,7 @@ def command(
     root: options.Root = options.ROOT,
     data_dir: options.DataDir = options.DATA_DIR,
     out: options.Out = options.OUT,
+    dry_run: options.DryRun = False,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -83,24 +106,56 @@ def command(
 
     `ltnorm train --norm bn --norm compound --ratio 100 --seeds 0-2`
     """
-    from ltnorm import recipe as recipes
+    from ltnorm import resolve as recipes
     from ltnorm.reporting import schema
 
     output = Output(quiet=quiet, json=json)
     base = recipes.read(recipe or options.default_recipe(dataset, set_ or ()))
+    flags = options.recipe_flags(context.params) | _schedules(schedule or ())
+    if pretrained is not None:
+        from ltnorm.pretrained import pretrained_sha256
+
+        flags["model.pretrained"] = pretrained_sha256(pretrained)
     overrides = recipes.Overrides(
-        flags=options.recipe_flags(context.params),
+        flags=flags,
         sets=set_ or (),
         norms=norm or (),
         seeds=[*(seed or []), *(options.parse_seeds(seeds) if seeds is not None else [])],
     )
     done: dict[Path, Any] = {}
     planned: list[Any] = []
+    with interruptible(done, planned, force):
+        planned += recipes.resolve(base, overrides)
+        if planned[0].model.pretrained and pretrained is None:
+            raise UsageError(
+                "model.pretrained: the run starts from a file of weights",
+                f"--pretrained FILE, whose sha256 is {planned[0].model.pretrained}",
+            )
+        if dry_run:
+            from ltnorm.cli.dryrun import show
+
+            show(planned, root, data_dir, out, force, output)
+            return
+        schema.check_out(out)
+        jobs = _jobs(planned, root, data_dir, out, force, pretrained, output)
+        run_all(jobs, done, output)
+
+
+def _schedules(values: Sequence[str]) -> dict[str, str]:
+    flags = {}
+    for value in values:
+        if value not in SCHEDULES:
+            raise UsageError(f"unknown schedule '{value}'", did_you_mean(value, SCHEDULES))
+        flags[SCHEDULES[value]] = value
+    return flags
+
+
+@contextmanager
+def interruptible(done: Mapping[Path, Any], planned: Sequence[Any], force: bool) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end what is inside with one error that says how far it came."""
     before = signal.signal(signal.SIGTERM, _on_terminate)
     try:
-        planned += recipes.resolve(base, overrides)
-        schema.check_out(out)
-        _run_all(planned, done, root, data_dir, out, force, output)
+        yield
     except (KeyboardInterrupt, _Terminated) as stop:
         code = 143 if isinstance(stop, _Terminated) else 130
         raise Interrupted(code, len(done), len(planned), force) from stop
@@ -108,58 +163,96 @@ def command(
         signal.signal(signal.SIGTERM, before)
 
 
-def _run_all(
-    planned: list[Any],
-    done: dict[Path, Any],
+def _on_terminate(*_: Any) -> None:
+    raise _Terminated
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run to be made: its name, and what makes it, giving its directory and result."""
+
+    name: str
+    make: Callable[[], tuple[Path, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Makes the runs of one command: what they share."""
+
+    data: Any
+    root: Path
+    data_dir: Path
+    out: Path
+    force: bool
+    output: Output
+    pretrained: Path | None = None
+
+    def run(self, recipe: Any) -> tuple[Path, Any]:
+        """One run, unless it is finished, and before a second stage the first."""
+        from ltnorm.reporting import schema
+        from ltnorm.training import run as running
+        from ltnorm.training import twostage
+
+        directory = schema.run_directory(recipe, self.out)
+        if not self.force and (result := finished(directory, recipe, self.data, self.output)):
+            return directory, result
+        if not recipe.retrain:
+            return directory, running.run(recipe, self.data, self.out, self.output, self.pretrained)
+        first, before = self.run(twostage.first_stage(recipe))
+        trained = running.load_run(first, self.root, self.data_dir, recipe.device)
+        return directory, twostage.run(recipe, trained, before, self.out, self.output)
+
+
+def _jobs(
+    planned: Sequence[Any],
     root: Path,
     data_dir: Path,
     out: Path,
     force: bool,
+    pretrained: Path | None,
     output: Output,
-) -> None:
-    """Run what is not finished, go on after a failed run, and print all that is finished."""
+) -> list[Job]:
+    """What is to be run, checked as far as it can be before it starts."""
     from ltnorm.data.prepare import prepare
-    from ltnorm.reporting import schema
-    from ltnorm.training import run as running
+    from ltnorm.training import build
+    from ltnorm.training.run import label
 
-    resolved = [running.concrete(recipe) for recipe in planned]
+    resolved = [build.concrete(recipe) for recipe in planned]
     output.note(f"precision {resolved[0][0].train.precision}: {resolved[0][1]}")
     data = prepare(planned[0].dataset, root, data_dir)
     for recipe, _ in resolved:
-        running.check(recipe, data)
-    failures: list[LtnormError] = []
-    for recipe, _ in resolved:
-        try:
-            directory = schema.run_directory(recipe, out)
-            if not force and (result := _finished(directory, recipe, data, output)):
-                done[directory] = result
-            else:
-                done[directory] = running.run(recipe, data, out, output)
-        except LtnormError as error:
-            failures.append(error)
-            output.warn(f"{recipe.norm.name} seed {recipe.seed} failed: {error.message}")
-    _show(done, output)
-    if failures:
-        more = f" ({len(failures)} of {len(resolved)} runs failed)" if len(resolved) > 1 else ""
-        raise LtnormError(failures[0].message + more, failures[0].hint)
+        build.check(recipe, data.counts, data.splits)
+    runner = Runner(data, root, data_dir, out, force, output, pretrained)
+    return [Job(label(recipe), partial(runner.run, recipe)) for recipe, _ in resolved]
 
 
-def _finished(directory: Path, recipe: Any, data: Any, output: Output) -> Any | None:
-    """The result of a run that need not be repeated: of this very recipe, on these images."""
+def finished(directory: Path, recipe: Any, data: Any, output: Output) -> Any | None:
+    """The result of a run that need not be repeated; says so, or why it is."""
     from ltnorm.reporting import schema
+    from ltnorm.training.run import finished_result
 
-    if not schema.finished(directory):
-        return None
-    result = schema.read_result(directory / schema.RESULT)
-    if result.fingerprint != recipe.fingerprint() or result.index_sha256 != data.index_sha256:
+    result = finished_result(directory, recipe, data)
+    if result:
+        output.note(f"{directory} is finished; --force repeats it")
+    elif schema.finished(directory):
         output.warn(f"{directory} holds the result of other images or settings: repeating it")
-        return None
-    output.note(f"{directory} is finished; --force repeats it")
     return result
 
 
-def _on_terminate(*_: Any) -> None:
-    raise _Terminated
+def run_all(jobs: Sequence[Job], done: dict[Path, Any], output: Output) -> None:
+    """Make runs, go on after a failed one, and print all that is finished."""
+    failures: list[LtnormError] = []
+    for job in jobs:
+        try:
+            directory, result = job.make()
+            done[directory] = result
+        except LtnormError as error:
+            failures.append(error)
+            output.warn(f"{job.name} failed: {error.message}")
+    _show(done, output)
+    if failures:
+        more = f" ({len(failures)} of {len(jobs)} runs failed)" if len(jobs) > 1 else ""
+        raise LtnormError(failures[0].message + more, failures[0].hint)
 
 
 def _show(done: dict[Path, Any], output: Output) -> None:

@@ -83,6 +83,10 @@ def evaluate_split(
     images, labels = data.load(split)
     mean, std = data.manifest["mean"], data.manifest["std"]
     logits = predict(model, images, mean=mean, std=std, device=device)
-    truth = torch.from_numpy(labels)
+    return of_logits(logits, torch.from_numpy(labels), data, scheme)
+
+
+def of_logits(logits: Tensor, labels: Tensor, data: PreparedSet, scheme: GroupScheme) -> Evaluation:
+    """Evaluate logits [N, C] of images of a prepared set, with labels int64 [N]."""
     used, groups = report_groups(data.counts, scheme)
-    return Evaluation(metrics.evaluate(logits, truth, groups), used, groups, logits, truth)
+    return Evaluation(metrics.evaluate(logits, labels, groups), used, groups, logits, labels)

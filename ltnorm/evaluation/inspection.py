@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltnorm import registry
 from ltnorm.data.longtail import GROUP_NAMES, GroupScheme, report_groups
 from ltnorm.data.prepare import PreparedSet, Split
 from ltnorm.errors import UsageError, did_you_mean
 from ltnorm.evaluation.evaluate import predict
+from ltnorm.norms import norm_layers
 from ltnorm.norms.response import FilterResponseNorm
 
 ALL = "all"  # the group of all images
@@ -107,12 +107,6 @@ class Density:
     edges: list[float]
     heights: dict[str, list[float]]
     components: list[tuple[float, float, float]]
-
-
-def norm_layers(model: nn.Module, norm: str) -> dict[str, nn.Module]:
-    """The layers of a model that are of the registry's norm `norm`, by their path."""
-    kind = registry.load(registry.lookup("norm", norm).target)
-    return {name: m for name, m in model.named_modules() if isinstance(m, kind)}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ holds the rows that share everything outside `norm.*`.
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from ltnorm.errors import LtnormError, NothingFound, UsageError, did_you_mean
+from ltnorm.recipe import BUDGETS, Recipe
 from ltnorm.registry import NORMS
 from ltnorm.reporting import schema
 
@@ -35,7 +36,8 @@ class Row:
     std: dict[str, float | None]
     delta: dict[str, float | None]
     parameters: int
-    images_processed: int
+    epochs: float
+    images_processed: float
     train_seconds: float
     relative_time: float | None
     is_baseline: bool
@@ -191,7 +193,8 @@ def _row(
         std={m: _number(runs[m].astype(float).std(ddof=1)) for m in metrics},
         delta=delta,
         parameters=int(first["parameters"]),
-        images_processed=int(first["images_processed"]),
+        epochs=float(runs["epochs"].mean()),
+        images_processed=float(runs["images_processed"].mean()),
         train_seconds=float(runs["train_seconds"].mean()),
         relative_time=relative,
         is_baseline=is_baseline,
@@ -246,8 +249,10 @@ def _sorted(rows: list[Row], sort: str | None) -> list[Row]:
 
 def _titles(groups: Sequence[pd.DataFrame]) -> list[str]:
     """What each block's rows share; where that reads alike, the settings that tell blocks apart."""
-    names = [_name(group.iloc[0]) for group in groups]
     flat = [_flatten(json.loads(group.iloc[0]["settings"])) for group in groups]
+    names = [_name(group.iloc[0], f) for group, f in zip(groups, flat, strict=True)]
+    # Settings hold what is not the default.
+    defaults = _flatten(Recipe().model_dump(mode="json"))
     titles = []
     for name, settings in zip(names, flat, strict=True):
         alike = [other for other, n in zip(flat, names, strict=True) if n == name]
@@ -257,21 +262,33 @@ def _titles(groups: Sequence[pd.DataFrame]) -> list[str]:
             if not key.startswith("norm.")
             and len({json.dumps(other.get(key)) for other in alike}) > 1
         ]
-        titles.append(" · ".join([name, *(f"{k} {_plain(settings.get(k))}" for k in differing)]))
+        told = (f"{k} {_plain(settings.get(k, defaults.get(k, 'default')))}" for k in differing)
+        titles.append(" · ".join([name, *told]))
     return titles
 
 
-def _name(run: pd.Series) -> str:
-    epochs = f"{run['epochs']} epoch{'s' if run['epochs'] > 1 else ''}"
-    parts = [run["set_id"], run["model"], run["loss"], epochs]
+def _name(run: pd.Series, settings: Mapping[str, Any]) -> str:
+    loss = run["loss"]
+    parts = [run["set_id"], run["model"]]
+    parts += [f"{loss} ({run['loss_options']})" if run["loss_options"] else loss]
+    parts += [f"sampler {run['sampler']}"] if run["sampler"] != "instance" else []
+    parts += [_budget(settings)]
+    parts += [f"then {run['retrain']}"] if isinstance(run["retrain"], str) else []
     return " · ".join(parts + ([f"tag {run['tag']}"] if isinstance(run["tag"], str) else []))
+
+
+def _budget(settings: Mapping[str, Any]) -> str:
+    """The budget of the first stage in words: `200 epochs`, `500 steps`, `60 seconds`."""
+    [unit] = [unit for unit in BUDGETS if f"train.{unit}" in settings]
+    amount = settings[f"train.{unit}"]
+    return f"{amount:g} {unit if amount != 1 else unit.removesuffix('s')}"
 
 
 def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            flat |= {f"{key}.{k}": v for k, v in value.items()}
+            flat |= {f"{key}.{k}": v for k, v in _flatten(value).items()}
         else:
             flat[key] = value
     return flat

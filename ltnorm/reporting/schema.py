@@ -1,6 +1,6 @@
 """The results tree: one directory a run, one row a run in its result.csv.
 
-    <out>/<dataset>-<profile><ratio>/<model>-<norm>-<loss>[-<tag>]/seed<k>/
+    <out>/<dataset>-<profile><ratio>/<setting>/seed<k>/
         recipe.yaml      the resolved recipe; running it repeats the run
         epochs.csv       one row an epoch
         per_class.csv    one row a class
@@ -8,8 +8,9 @@
         checkpoint.pt    the trained model
         result.csv       one row, written last: the mark of a finished run
 
-A directory of one setting belongs to one fingerprint, which lies in it; another recipe of the
-same names gets a directory of its own, with the start of its fingerprint added.
+A setting is `<model>-<norm>-<loss>[-drw][-<sampler>][-<second stage>][-<tag>]`. Its directory
+belongs to one fingerprint, which lies in it; another recipe of the same names gets a directory of
+its own, with the start of its fingerprint added.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from typing import Any
 from ltnorm.errors import LtnormError, NothingFound, UsageError
 from ltnorm.recipe import Recipe
 
-SCHEMA = 1
+SCHEMA = 2
 RESULT, RECIPE, OWNER = "result.csv", "recipe.yaml", "fingerprint"
 
 
@@ -48,9 +49,14 @@ class Result:
     norm: str
     norm_options: str  # those that are not the defaults, as one would --set them
     loss: str
+    loss_options: str
+    sampler: str
+    retrain: str | None  # the method of a second stage
+    tau: float | None  # of tau-norm, given or tuned
     tag: str | None
     seed: int
-    epochs: int
+    epochs: float
+    steps: int
     batch_size: int
     lr: float
     precision: str
@@ -68,12 +74,12 @@ class Result:
     worst_class: float
     nll: float
     ece: float
-    train_loss: float
+    train_loss: float | None
     parameters: int
     images_processed: int
     images_backpropagated: int
     train_seconds: float
-    images_per_second: float
+    images_per_second: float | None
     device: str
     torch: str
     ltnorm: str
@@ -92,7 +98,10 @@ def settings_json(recipe: Recipe) -> str:
 
 def _setting_name(recipe: Recipe) -> Path:
     data = recipe.dataset
-    parts = [recipe.model.name, recipe.norm.name, recipe.loss.name]
+    parts = [recipe.model.name.replace("/", "_"), recipe.norm.name, recipe.loss.name]
+    parts += ["drw"] if recipe.loss.schedule == "drw" else []
+    parts += [recipe.sampler.name] if recipe.sampler.name != "instance" else []
+    parts += [recipe.retrain.method] if recipe.retrain else []
     parts += [recipe.tag] if recipe.tag else []
     return Path(f"{data.name}-{data.profile}{data.ratio:g}") / "-".join(parts)
 
@@ -134,11 +143,12 @@ def check_file(path: Path, flag: str) -> None:
         raise UsageError(f"{flag} {path} is not writable: {reason}", hint) from error
 
 
-def run_directory(recipe: Recipe, out: Path) -> Path:
+def run_directory(recipe: Recipe, out: Path, *, claim: bool = True) -> Path:
     """The directory of a run, claimed for its fingerprint.
 
     The claim is the exclusive creation of a file, so that of several processes with different
-    recipes each ends up with its own directory.
+    recipes each ends up with its own directory. Without `claim` nothing is created: it is the
+    directory that the run would have now.
 
     Raises:
         LtnormError: the directory cannot be made, or both names are taken.
@@ -148,7 +158,7 @@ def run_directory(recipe: Recipe, out: Path) -> Path:
     own = plain.with_name(f"{plain.name}-{fingerprint[:6]}")
     for directory in (plain, own):
         try:
-            owner = _owner(directory, fingerprint)
+            owner = _owner(directory, fingerprint, claim)
         except OSError as error:
             raise LtnormError(
                 f"cannot use {directory}: {error.strerror or error}",
@@ -161,17 +171,19 @@ def run_directory(recipe: Recipe, out: Path) -> Path:
     )
 
 
-def _owner(directory: Path, fingerprint: str) -> str:
-    """Who owns a directory, after claiming it if it is free."""
+def _owner(directory: Path, fingerprint: str, claim: bool) -> str:
+    """Who owns a directory, or would, after claiming it if it is free."""
     file = directory / OWNER
     if file.is_file():
         return file.read_text().strip()
-    directory.mkdir(parents=True, exist_ok=True)
     # A tree may have been copied without its marks; its results still say whose they are.
     for result in directory.glob(f"*/{RESULT}"):
         with contextlib.suppress(LtnormError):
             fingerprint = read_result(result).fingerprint
             break
+    if not claim:
+        return fingerprint
+    directory.mkdir(parents=True, exist_ok=True)
     # Written aside and linked, so that nobody ever reads a half-written claim.
     temporary = directory / f".{OWNER}.{os.getpid()}"
     temporary.write_text(f"{fingerprint}\n")

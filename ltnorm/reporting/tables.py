@@ -13,7 +13,7 @@ from ltnorm.console import LABEL_WIDTH, grid
 from ltnorm.reporting.compare import DELTAS, Block, Row
 
 GAP = 2  # between two columns of a table
-COST = ["params", "images", "time"]
+COST = ["params", "epochs", "images", "time"]
 HEADINGS = {
     "gmean": "G-mean",
     "macro_f1": "macro F1",
@@ -36,11 +36,11 @@ def _delta(row: Row, metric: str) -> str:
     return "–" if delta is None or row.is_baseline else f"{delta:+.1f}"
 
 
-def _count(number: int) -> str:
+def _count(number: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"
-    return str(number)
+    return f"{number:.0f}"
 
 
 def _cells(block: Block) -> tuple[list[str], list[list[str]]]:
@@ -55,7 +55,9 @@ def _cells(block: Block) -> tuple[list[str], list[list[str]]]:
         time = f"{row.train_seconds:.0f} s"
         if row.relative_time is not None:
             time += f" ({row.relative_time:.2f}x)"
-        rows.append([*cells, _count(row.parameters), _count(row.images_processed), time])
+        epochs = f"{row.epochs:.4g}"
+        cost = [_count(row.parameters), epochs, _count(row.images_processed), time]
+        rows.append(cells + cost)
     return headings, rows
 
 
@@ -146,6 +148,7 @@ def records(blocks: Sequence[Block]) -> list[dict[str, Any]]:
             **{f"{m}_std": row.std[m] for m in block.metrics},
             **{f"{m}_delta": row.delta.get(m) for m in DELTAS},
             "parameters": row.parameters,
+            "epochs": row.epochs,
             "images_processed": row.images_processed,
             "train_seconds": row.train_seconds,
             "relative_time": row.relative_time,

@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from ltnorm.errors import LtnormError, NothingFound
-from ltnorm.recipe import Recipe, validate
+from ltnorm.recipe import Recipe
 from ltnorm.reporting.schema import RESULT, write_bytes
+from ltnorm.validation import validate
 
 FORMAT = 1
 NAME = "checkpoint.pt"

@@ -25,7 +25,8 @@ AuxGradient = Literal["full", "statistics"]
 class DualPath(SinglePath):
     """(L_main + w L_aux) / (1 + w) + c (1 - cos(projector(f_main), stopgrad(f_aux)))
 
-    f is the classifier's input and the projector Linear-ReLU-Linear of its width.
+    f is the classifier's input and the projector Linear-ReLU-Linear of its width. A mixed image
+    has two labels in each L, and goes to the class group of the one with the larger share.
 
     Args:
         model, loss, class_group: as `SinglePath`.
@@ -85,33 +86,32 @@ class DualPath(SinglePath):
             return 1, 1
         return 2, 2 if self.aux_gradient == "full" else 1
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """images [N, 3, H, W], labels int64 [N] -> scalar."""
+    def forward(
+        self, images: Tensor, labels: Tensor, other: Tensor | None = None, share: float = 1.0
+    ) -> Tensor:
+        """A batch (see `Batch`) -> scalar."""
         if not self.dual_path:
-            return super().forward(images, labels)
+            return super().forward(images, labels, other, share)
         with self._features() as features:
             if self.aux_gradient == "full":
-                loss = self._both(images, labels)
+                loss = self._both(images, labels, other, share)
             else:
-                loss = self._statistics_then_main(images, labels)
+                with torch.no_grad(), route(self.model, self._groups(labels, other, share)):
+                    self.model(images)
+                loss = super().forward(images, labels, other, share)
         if self.projector is None:
             return loss
         main, aux = features[0].chunk(2) if len(features) == 1 else reversed(features)
         similarity = F.cosine_similarity(self.projector(main), aux.detach(), dim=1)
         return loss + self.consistency * (1 - similarity.mean())
 
-    def _both(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _both(self, images: Tensor, labels: Tensor, other: Tensor | None, share: float) -> Tensor:
         """One forward over both halves: batch statistics are pooled, one running update."""
-        groups = self.class_group[labels]
+        groups = self._groups(labels, other, share)
         with route(self.model, torch.cat([torch.full_like(groups, -1), groups])):
-            main, aux = self.model(torch.cat([images, images])).chunk(2)
-        w = self.aux_weight
-        return (self.loss(main, labels) + w * self.loss(aux, labels)) / (1 + w)
-
-    def _statistics_then_main(self, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad(), route(self.model, self.class_group[labels]):
-            self.model(images)
-        return super().forward(images, labels)
+            halves = self.model(torch.cat([images, images])).chunk(2)
+        main, aux = (self._mixed_loss(half, labels, other, share) for half in halves)
+        return (main + self.aux_weight * aux) / (1 + self.aux_weight)
 
     @contextmanager
     def _features(self) -> Iterator[list[Tensor]]:

@@ -1,13 +1,16 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import count
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from ltnorm.console import TrainingProgress
+from ltnorm.data.augment import Batch
 from ltnorm.data.loader import Loader
 from ltnorm.errors import LtnormError
 from ltnorm.recipe import Train
@@ -17,14 +20,25 @@ from ltnorm.training.objective import SinglePath
 
 @dataclass(frozen=True)
 class Epoch:
-    """One row of epochs.csv."""
+    """One row of epochs.csv. The last epoch of a budget of steps or seconds may be a part of one.
+
+    Attributes:
+        epoch: from 1.
+        lr: its learning rate.
+        loss: the mean of its steps.
+        steps, images: what it had.
+        seconds, images_per_second: of training alone.
+        accuracy: where it was measured.
+    """
 
     epoch: int
     lr: float
     loss: float
+    steps: int
+    images: int
     seconds: float
     images_per_second: float
-    accuracy: float | None = None  # where it was measured
+    accuracy: float | None = None
 
 
 def diverged(epoch: int, step: int, loss: float, train: Train) -> LtnormError:
@@ -35,16 +49,27 @@ def diverged(epoch: int, step: int, loss: float, train: Train) -> LtnormError:
     return LtnormError(f"the loss became {loss} in epoch {epoch}, step {step}", advice)
 
 
-def step(
-    objective: SinglePath, optimizer: optim.SGD, images: Tensor, labels: Tensor, bf16: bool
-) -> Tensor:
+def step(objective: SinglePath, optimizer: optim.Optimizer, batch: Batch, train: Train) -> Tensor:
     """One update of the weights. Returns the loss, which is still on the device."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        loss = objective(images, labels)
-    optimizer.zero_grad()
-    loss.backward()
+    loss = _gradients(objective, optimizer, batch, train)
+    if train.optimizer == "sam":
+        with optim.uphill(optimizer.parameters, train.sam_rho), optim.keeping_buffers(objective):
+            _gradients(objective, optimizer, batch, train)
+    if train.clip_grad:
+        clip_grad_norm_(optimizer.parameters, train.clip_grad)
     optimizer.step()
     return loss.detach()
+
+
+def _gradients(
+    objective: SinglePath, optimizer: optim.Optimizer, batch: Batch, train: Train
+) -> Tensor:
+    bf16 = train.precision == "bf16"
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+        loss = objective(*batch)
+    optimizer.zero_grad()
+    loss.backward()
+    return loss
 
 
 def fit(
@@ -52,42 +77,62 @@ def fit(
     loader: Loader,
     train: Train,
     progress: TrainingProgress,
+    *,
+    undecayed: Iterable[nn.Parameter] = (),
+    after_step: Callable[[], None] = lambda: None,
     measure: Callable[[int], float | None] = lambda epoch: None,
 ) -> list[Epoch]:
-    """Train `objective` for train.epochs epochs.
+    """Train `objective` until the budget is spent.
+
+    The learning rate, the sampler and the class weights change between epochs only.
 
     Args:
         objective: the model, the loss, and how they are put together.
         loader: the training batches.
         train: the optimization settings.
         progress: told of every step and epoch.
+        undecayed: parameters without weight decay if `train.decay_norm` is off.
+        after_step: called after every step, on the clock.
         measure: called after every epoch, outside the clock; may return an accuracy.
 
     Raises:
         LtnormError: the loss became infinite or NaN.
     """
-    optimizer = optim.SGD(train, objective.parameters())
-    bf16 = train.precision == "bf16"
-    epochs = []
-    for epoch in range(1, train.epochs + 1):
+    optimizer = optim.build(train, objective.parameters(), undecayed)
+    epochs: list[Epoch] = []
+    steps, spent, warm = 0, 0.0, 0.0
+    for epoch in count(1):
         objective.train()
-        lr = optim.learning_rate(train, epoch)
-        optimizer.lr = lr
+        done = optim.part_done(train, epoch - 1, steps, spent)
+        if epoch == train.warmup_epochs + 1:
+            warm = done
+        optimizer.lr = lr = optim.learning_rate(train, epoch, done, warm)
+        objective.set_progress(done)
         losses: list[Tensor] = []
-        start, images_done = time.perf_counter(), 0
-        for images, labels in loader.epoch(epoch):
-            losses.append(step(objective, optimizer, images, labels, bf16))
-            images_done += len(labels)
+        start, images = time.perf_counter(), 0
+        for batch in loader.epoch(epoch, done):
+            losses.append(step(objective, optimizer, batch, train))
+            after_step()
+            images += len(batch.labels)
+            seconds = time.perf_counter() - start
+            done = optim.part_done(train, epoch - 1, steps + len(losses), spent + seconds)
             if progress.due():
                 _check(losses[-1:], epoch, len(losses) - 1, train)
-                speed = images_done / (time.perf_counter() - start)
-                done = (epoch - 1) * len(loader) + len(losses)
-                progress.step(done, epoch, float(losses[-1]), speed)
+                part = len(losses) / len(loader) / train.epochs if train.epochs else 0.0
+                progress.step(done + part, epoch, float(losses[-1]), images / seconds)
+            if done >= 1:
+                break
         mean = _check(losses, epoch, 0, train)
         seconds = time.perf_counter() - start
-        epochs.append(Epoch(epoch, lr, mean, seconds, images_done / seconds, measure(epoch)))
-        progress.epoch(epoch, mean, lr, images_done / seconds)
-    return epochs
+        steps, spent = steps + len(losses), spent + seconds
+        accuracy = measure(epoch)
+        speed = images / seconds
+        epochs.append(Epoch(epoch, lr, mean, len(losses), images, seconds, speed, accuracy))
+        done = optim.part_done(train, epoch, steps, spent)
+        progress.epoch(done, epoch, mean, lr, speed)
+        if done >= 1:
+            return epochs
+    raise AssertionError("unreachable")
 
 
 def _check(losses: list[Tensor], epoch: int, first: int, train: Train) -> float:

@@ -3,19 +3,30 @@
 A norm names its objective in the registry; keyword-only parameters become options of the norm.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
+from ltnorm.losses import ClassLoss
 from ltnorm.norms import route
 
 
 class SinglePath(nn.Module):
     """loss(model(images), labels): one forward and one backward of the batch.
 
+    Of a mixed batch, both losses of the same logits: share * loss(.., labels) + (1 - share) *
+    loss(.., other).
+
     Args:
         model: the network.
         loss: (logits [N, C], labels [N]) -> scalar.
         class_group: the class group of each class for the norm layers, int64 [C].
+
+    Attributes:
+        in_evaluation: modules that stay in evaluation mode while training.
     """
+
+    in_evaluation: Sequence[nn.Module] = ()
 
     def __init__(self, model: nn.Module, loss: nn.Module, class_group: Tensor) -> None:
         super().__init__()
@@ -23,20 +34,52 @@ class SinglePath(nn.Module):
         self.class_group: Tensor
         self.register_buffer("class_group", class_group)
 
+    def train(self, mode: bool = True) -> "SinglePath":
+        """Switch to training, but for what is `in_evaluation`."""
+        super().train(mode)
+        for module in self.in_evaluation:
+            module.eval()
+        return self
+
+    def set_progress(self, done: float) -> None:
+        """Tell the loss which part of the training is done, in 0 .. 1."""
+        if isinstance(self.loss, ClassLoss):
+            self.loss.set_progress(done)
+
     @property
     def cost(self) -> tuple[int, int]:
         """How often each image passes forward and backward."""
         return 1, 1
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """images [N, 3, H, W], labels int64 [N] -> scalar."""
-        return self.loss(self.model(images), labels)
+    def forward(
+        self, images: Tensor, labels: Tensor, other: Tensor | None = None, share: float = 1.0
+    ) -> Tensor:
+        """A batch (see `Batch`) -> scalar."""
+        return self._mixed_loss(self.model(images), labels, other, share)
+
+    def _mixed_loss(
+        self, logits: Tensor, labels: Tensor, other: Tensor | None, share: float
+    ) -> Tensor:
+        """share * loss(logits, labels) + (1 - share) * loss(logits, other)."""
+        loss = self.loss(logits, labels)
+        if other is None:
+            return loss
+        return share * loss + (1 - share) * self.loss(logits, other)
+
+    def _groups(self, labels: Tensor, other: Tensor | None, share: float) -> Tensor:
+        """The class group of each image, int64 [N]; of a mixed one, that of the larger share."""
+        return self.class_group[labels if other is None or share >= 0.5 else other]
 
 
 class RoutedPath(SinglePath):
-    """As `SinglePath`, with each image routed to its class group in the norm layers."""
+    """As `SinglePath`, with each image routed to its class group in the norm layers.
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """images [N, 3, H, W], labels int64 [N] -> scalar."""
-        with route(self.model, self.class_group[labels]):
-            return super().forward(images, labels)
+    A mixed image goes to the class group of the label that has the larger share of it.
+    """
+
+    def forward(
+        self, images: Tensor, labels: Tensor, other: Tensor | None = None, share: float = 1.0
+    ) -> Tensor:
+        """A batch (see `Batch`) -> scalar."""
+        with route(self.model, self._groups(labels, other, share)):
+            return super().forward(images, labels, other, share)

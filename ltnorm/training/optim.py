@@ -1,55 +1,81 @@
-"""Optimizer and learning-rate schedules."""
+"""Optimizers, learning-rate schedules, budgets, and averages of weights.
+
+The optimizers are torch's, by their functional forms: `torch.optim.SGD` and the others make the
+same updates, bit for bit, but to create one imports torch's compiler, which takes longer than a
+short run.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
+from torch.optim.swa_utils import AveragedModel
 
 from ltnorm.recipe import Train
 
 
-def learning_rate(train: Train, epoch: int) -> float:
+def part_done(train: Train, epochs: int, steps: int, seconds: float) -> float:
+    """The part of the budget that is done after so many whole epochs, steps and seconds."""
+    if train.steps:
+        return steps / train.steps
+    if train.seconds:
+        return seconds / train.seconds
+    assert train.epochs is not None
+    return epochs / train.epochs
+
+
+def learning_rate(train: Train, epoch: int, done: float, warm: float) -> float:
     """The learning rate of an epoch; epochs count from 1.
 
     Warm-up: lr * epoch / warmup_epochs. Then
-        step    lr * decay^k after the k-th milestone (a fraction of the epochs)
+        step    lr * decay^k after the k-th milestone (a part of the budget)
         cosine  lr / 2 * (1 + cos(pi * t)), t from 0 after warm-up towards 1
     The step schedule with its defaults is LDAM-DRW's: at 200 epochs, 0.1 in 6 .. 160, 0.001 in
     161 .. 180 and 0.00001 from 181 (arXiv 1906.07413).
+
+    Args:
+        train: the settings.
+        epoch: which.
+        done: the part of the budget that is done when it starts.
+        warm: that was done when the warm-up was over.
     """
     if epoch <= train.warmup_epochs:
         return train.lr * epoch / train.warmup_epochs
     if train.schedule == "cosine":
-        after = train.epochs - train.warmup_epochs
-        t = (epoch - 1 - train.warmup_epochs) / after
+        t = (done - warm) / (1 - warm)
         return train.lr / 2 * (1 + math.cos(math.pi * t))
-    # Rounded, since 0.9 * 200 is not an integer in floating point for every pair of factors.
-    passed = sum(epoch > round(m * train.epochs) for m in train.milestones)
+    # Rounding may leave a part a little short of its milestone.
+    passed = sum(done > milestone - 1e-9 for milestone in train.milestones)
     return train.lr * train.decay**passed
 
 
-class SGD:
-    """torch's SGD with momentum, by its functional form; weight decay on everything.
-
-    `torch.optim.SGD` makes the same updates, bit for bit, but to create one imports torch's
-    compiler, which takes longer than a short run.
+class Optimizer:
+    """What takes a step downhill; `lr` is an attribute, set before each step.
 
     Args:
-        train: momentum, nesterov and weight decay; lr is an attribute, set before each step.
-        parameters: those without a gradient are left out of a step.
+        train: the settings.
+        parameters: those that need no gradient are left out, and those without one of a step.
+        undecayed: those of them without weight decay.
     """
 
-    def __init__(self, train: Train, parameters: Iterable[nn.Parameter]) -> None:
-        self.lr = train.lr
-        self.settings = {
-            "momentum": train.momentum,
-            "nesterov": train.nesterov,
-            "weight_decay": train.weight_decay,
-        }
-        self.parameters = list(parameters)
-        self.momentum_buffers: list[Tensor | None] = [None] * len(self.parameters)
+    def __init__(
+        self,
+        train: Train,
+        parameters: Iterable[nn.Parameter],
+        undecayed: Iterable[nn.Parameter] = (),
+    ) -> None:
+        self.train, self.lr = train, train.lr
+        self.parameters = [p for p in parameters if p.requires_grad]
+        spared = set(undecayed)
+        self.groups = [
+            ([p for p in self.parameters if p not in spared], train.weight_decay),
+            ([p for p in self.parameters if p in spared], 0.0),
+        ]
+        self.state: dict[nn.Parameter, tuple[Tensor | None, ...]] = {}
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -59,16 +85,111 @@ class SGD:
     @torch.no_grad()
     def step(self) -> None:
         """One update of every parameter that has a gradient."""
-        index = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        buffers = [self.momentum_buffers[i] for i in index]
+        for parameters, weight_decay in self.groups:
+            if used := [p for p in parameters if p.grad is not None]:
+                self._update(used, [p.grad for p in used], weight_decay)
+
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], decay: float) -> None:
+        raise NotImplementedError
+
+
+class SGD(Optimizer):
+    """v = momentum v + (g + weight_decay p); p = p - lr v."""
+
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], decay: float) -> None:
+        buffers = [self.state.get(p, (None,))[0] for p in parameters]
         sgd(
-            [self.parameters[i] for i in index],
-            [self.parameters[i].grad for i in index],
+            parameters,
+            gradients,
             buffers,
             lr=self.lr,
+            momentum=self.train.momentum,
+            nesterov=self.train.nesterov,
+            weight_decay=decay,
             dampening=0.0,
             maximize=False,
-            **self.settings,
         )
-        for i, buffer in zip(index, buffers, strict=True):
-            self.momentum_buffers[i] = buffer
+        self.state |= {p: (buffer,) for p, buffer in zip(parameters, buffers, strict=True)}
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
+
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], decay: float) -> None:
+        for p in parameters:
+            if p not in self.state:
+                self.state[p] = torch.zeros_like(p), torch.zeros_like(p), torch.tensor(0.0)
+        means, squares, steps = zip(*(self.state[p] for p in parameters), strict=True)
+        beta1, beta2 = self.train.betas
+        adamw(
+            parameters,
+            gradients,
+            list(means),
+            list(squares),
+            [],
+            list(steps),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=self.lr,
+            weight_decay=decay,
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+def build(
+    train: Train, parameters: Iterable[nn.Parameter], undecayed: Iterable[nn.Parameter] = ()
+) -> Optimizer:
+    """The optimizer of the settings (SAM takes SGD's steps, with other gradients)."""
+    kind = AdamW if train.optimizer == "adamw" else SGD
+    return kind(train, parameters, () if train.decay_norm else undecayed)
+
+
+@contextmanager
+def uphill(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[None]:
+    """Inside, the weights are moved by rho along their gradient: p + rho g / |g|.
+
+    The gradient there is that of SAM (Foret et al. 2021, arXiv 2010.01412).
+    """
+    moved = [p for p in parameters if p.grad is not None]
+    before = [p.detach().clone() for p in moved]
+    gradients = [p.grad for p in moved]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    with torch.no_grad():
+        torch._foreach_add_(moved, torch._foreach_mul(gradients, rho / (norm + 1e-12)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(moved, before)
+
+
+@contextmanager
+def keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """Forwards inside leave no trace in running statistics."""
+    buffers = list(module.buffers())
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(old)
+
+
+def average(model: nn.Module, decay: float) -> AveragedModel:
+    """A moving average of a model's weights and running statistics, from which to evaluate.
+
+    After its n-th update the decay is min(decay, (1 + n) / (10 + n)), so that the first steps,
+    which matter least, do not weigh most. Counters are copied.
+    """
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        if not averaged[0].is_floating_point():
+            torch._foreach_copy_(averaged, current)
+            return
+        n = float(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)

@@ -1,38 +1,21 @@
 """A run's statistics computed anew over its training set, naturally or class-balanced sampled."""
 
 import copy
+from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 
 from ltnorm.data.prepare import PreparedSet
+from ltnorm.data.sampling import balanced
 from ltnorm.norms.recalibrate import recalibrating
 from ltnorm.recipe import Recipe
-from ltnorm.training.run import build_loader, build_objective
+from ltnorm.training.build import build_loader, build_objective
 
 Sampling = Literal["natural", "balanced"]
 # Training counts its epochs from 1: this one's order and augmentation were never seen.
 EPOCH = 0
-
-
-def balanced_sample(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Indices of as many images as there are, each class as often as any other (or one more).
-
-    Whole rounds over a class's images, and a random part of the last, so that no image is drawn
-    twice more than another of its class.
-    """
-    rng = np.random.default_rng(seed)
-    classes = np.unique(labels)
-    sizes = np.full(len(classes), len(labels) // len(classes))
-    sizes[: len(labels) % len(classes)] += 1
-    drawn = []
-    for c, size in zip(classes, sizes, strict=True):
-        own = np.flatnonzero(labels == c)
-        rounds = [rng.permutation(own) for _ in range(-(-size // len(own)))]
-        drawn.append(np.concatenate(rounds)[:size])
-    return np.concatenate(drawn)
 
 
 def recalibrated(
@@ -42,17 +25,15 @@ def recalibrated(
 
     The pass is the training objective's, without gradient, on batches of the size and the
     augmentation of training: routed norms are routed, and compound BN takes both of its paths.
-    "balanced" draws as many images, each class equally often.
+    "natural" takes every image once, "balanced" draws as many, each class equally often; the
+    sampler of training has no part in either.
 
     Raises:
         ValueError: a norm without running statistics.
     """
-    images, labels = data.load("train")
-    if sampling == "balanced":
-        chosen = balanced_sample(labels, recipe.seed)
-        images, labels = images[chosen], labels[chosen]
     model = copy.deepcopy(model)
-    loader = build_loader(recipe, data, images, labels, device)
+    loader = build_loader(recipe, data, *data.load("train"), device)
+    loader.sampler = partial(balanced, data.counts) if sampling == "balanced" else None
     objective = build_objective(recipe, model, data.counts).to(device)
     with recalibrating(model):
         for batch in loader.epoch(EPOCH):

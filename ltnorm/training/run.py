@@ -1,8 +1,11 @@
-"""One run from end to end: train, evaluate, write."""
+"""One run from end to end: train, evaluate, write; and what a run has left, loaded again."""
 
 import dataclasses
 import io
-import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,76 +14,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from ltnorm import __version__, losses, models, registry
+from ltnorm import __version__
 from ltnorm.console import Output
-from ltnorm.data import class_groups
-from ltnorm.data.loader import Loader
 from ltnorm.data.prepare import PreparedSet, prepare
-from ltnorm.errors import LtnormError, UsageError
+from ltnorm.errors import LtnormError
 from ltnorm.evaluation.evaluate import Evaluation, evaluate_split
-from ltnorm.norms import RoutedNorm, norm_layer
+from ltnorm.norms import norm_layers
 from ltnorm.norms.layer import NewerStateError
-from ltnorm.recipe import Recipe
+from ltnorm.recipe import Recipe, Train
 from ltnorm.reporting import schema
-from ltnorm.training import checkpoint
-from ltnorm.training.device import describe, memory_format, resolve_device, resolve_precision
+from ltnorm.training import checkpoint, optim
+from ltnorm.training.build import build_loader, build_model, build_objective
+from ltnorm.training.device import describe, resolve_device
 from ltnorm.training.loop import Epoch, fit
-from ltnorm.training.objective import SinglePath
 
 
-def concrete(recipe: Recipe) -> tuple[Recipe, str]:
-    """The recipe with `auto` precision resolved for this machine, and why it was chosen so."""
-    precision, reason = resolve_precision(recipe.train.precision, resolve_device(recipe.device))
-    train = recipe.train.model_copy(update={"precision": precision})
-    return recipe.model_copy(update={"train": train}), reason
-
-
-def build_model(recipe: Recipe, num_classes: int, image_size: int) -> nn.Module:
-    """The recipe's model, initialised from its seed: the same weights whatever the norm."""
-    torch.manual_seed(recipe.seed)
-    return models.build(
-        recipe.model.name,
-        num_classes,
-        norm_layer(recipe.norm.name, **recipe.norm.options),
-        image_size=image_size,
-        **recipe.model.options,
-    )
-
-
-def build_objective(recipe: Recipe, model: nn.Module, counts: list[int]) -> SinglePath:
-    """The training objective that the recipe's norm asks for."""
-    target = registry.lookup("norm", recipe.norm.name).objective
-    layer = next((m for m in model.modules() if isinstance(m, RoutedNorm)), None)
-    groups = class_groups(counts, layer.components, layer.groups) if layer else [0] * len(counts)
-    return registry.load(target)(
-        model,
-        losses.build(recipe.loss.name, counts, **recipe.loss.options),
-        torch.tensor(groups),
-        **registry.own_options(target, recipe.norm.options),
-    )
-
-
-def check(recipe: Recipe, data: PreparedSet) -> None:
-    """What can only be checked once the data is known.
-
-    Raises:
-        UsageError: a batch larger than the set, more components than classes, no such split.
-    """
-    images = sum(data.counts)
-    if recipe.train.batch_size > images:
-        raise UsageError(
-            f"batch size {recipe.train.batch_size} is larger than the set of {images} images",
-            f"--batch-size can be at most {images} here",
-        )
-    if {"components", "groups"} <= recipe.norm.options.keys():
-        class_groups(data.counts, recipe.norm.options["components"])
-    if recipe.eval.split not in data.splits:
-        raise UsageError(
-            f"{data.set_id} has no {recipe.eval.split} split", "--val N holds out images"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TrainedRun:
     """A finished training: its recipe, the set that it was trained on, the model on a device."""
 
@@ -88,6 +37,31 @@ class TrainedRun:
     data: PreparedSet
     model: nn.Module
     device: torch.device
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training took; the costs of two stages add up."""
+
+    epochs: float = 0.0
+    steps: int = 0
+    images_processed: int = 0
+    images_backpropagated: int = 0
+    train_seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Cost(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a stage of training has done: the model to evaluate, and its epochs."""
+
+    model: nn.Module
+    epochs: Sequence[Epoch]
+    cost: Cost
+    tau: float | None = None
 
 
 def load_run(path: Path, root: Path, data_dir: Path, device: str | None = None) -> TrainedRun:
@@ -113,7 +87,7 @@ def load_run(path: Path, root: Path, data_dir: Path, device: str | None = None) 
             "name the prepared set of that run with --data-dir",
         )
     where = resolve_device(device or recipe.device)
-    model = build_model(recipe, len(data.classes), data.image_size)
+    model = build_model(recipe, data.counts, data.image_size)
     try:
         model.load_state_dict(saved.model)
     except NewerStateError as error:
@@ -128,14 +102,41 @@ def load_run(path: Path, root: Path, data_dir: Path, device: str | None = None) 
     return TrainedRun(recipe, data, model.to(where), where)
 
 
-def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.Result:
+def finished_result(directory: Path, recipe: Recipe, data: PreparedSet) -> schema.Result | None:
+    """The result of a run that need not be repeated: of this very recipe, on these images.
+
+    Raises:
+        LtnormError: the result is damaged.
+    """
+    if not schema.finished(directory):
+        return None
+    result = schema.read_result(directory / schema.RESULT)
+    same = result.fingerprint == recipe.fingerprint() and result.index_sha256 == data.index_sha256
+    return result if same else None
+
+
+def run(
+    recipe: Recipe, data: PreparedSet, out: Path, output: Output, pretrained: Path | None = None
+) -> schema.Result:
     """Train and evaluate one recipe, `concrete` and checked, and write its directory under `out`.
+
+    A second stage is not taken: see `training.twostage`.
 
     Raises:
         LtnormError: the run failed: the loss diverged, or its files could not be written.
     """
+    with explained(recipe, out):
+        directory = claim(recipe, out)
+        device = resolve_device(recipe.device)
+        done = _train(recipe, data, device, output, pretrained)
+        return finish(directory, recipe, data, done, device)
+
+
+@contextmanager
+def explained(recipe: Recipe, out: Path) -> Iterator[None]:
+    """What a run meets in the world as an expected failure."""
     try:
-        return _run(recipe, data, out, output)
+        yield
     except OSError as error:
         raise LtnormError(
             f"cannot read or write {error.filename or out}: {error.strerror or error}",
@@ -147,44 +148,102 @@ def run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.
         ) from error
 
 
-def _run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema.Result:
+def claim(recipe: Recipe, out: Path) -> Path:
+    """The directory of a run, with its recipe in it."""
     directory = schema.run_directory(recipe, out)
     directory.mkdir(parents=True, exist_ok=True)
     schema.write_text(directory / schema.RECIPE, recipe.to_yaml())
+    return directory
 
-    device = resolve_device(recipe.device)
+
+def _train(
+    recipe: Recipe,
+    data: PreparedSet,
+    device: torch.device,
+    output: Output,
+    pretrained: Path | None,
+) -> Training:
+    train = recipe.train
     loader = build_loader(recipe, data, *data.load("train"), device)
-    model = build_model(recipe, len(data.classes), data.image_size)
+    model = build_model(recipe, data.counts, data.image_size, pretrained, output.note)
     objective = build_objective(recipe, model, data.counts)
     objective.to(device=device, memory_format=loader.memory_format)
+    averaged = optim.average(model, train.ema) if train.ema else None
+    measured = averaged.module if averaged else model
 
     def measure(epoch: int) -> float | None:
         if not recipe.eval.every or epoch % recipe.eval.every:
             return None
         split, groups = recipe.eval.split, recipe.eval.groups
-        return evaluate_split(model, data, split, groups, device).metrics.accuracy
+        return evaluate_split(measured, data, split, groups, device).metrics.accuracy
 
-    label = f"{recipe.norm.name} seed {recipe.seed}"
-    with output.training(label, recipe.train.epochs, len(loader)) as progress:
-        epochs = fit(objective, loader, recipe.train, progress, measure)
-    seconds = sum(epoch.seconds for epoch in epochs)
+    with output.training(label(recipe), expected_epochs(train, len(loader))) as progress:
+        epochs = fit(
+            objective,
+            loader,
+            train,
+            progress,
+            undecayed=norm_parameters(model, recipe.norm.name),
+            after_step=(lambda: averaged.update_parameters(model)) if averaged else lambda: None,
+            measure=measure,
+        )
+    cost = cost_of(epochs, loader.images_per_epoch, train, objective.cost)
+    return Training(measured, epochs, cost)
 
-    measured = evaluate_split(model, data, recipe.eval.split, recipe.eval.groups, device)
-    _save(directory, recipe, data, model, epochs, measured)
-    images = loader.images_per_epoch * len(epochs)
-    forward, backward = objective.cost
+
+def label(recipe: Recipe) -> str:
+    """A run in a few words, for its progress."""
+    stage = f" {recipe.retrain.method}" if recipe.retrain else ""
+    return f"{recipe.norm.name}{stage} seed {recipe.seed}"
+
+
+def norm_parameters(model: nn.Module, norm: str) -> list[nn.Parameter]:
+    """The parameters of a model's norm layers."""
+    return [p for layer in norm_layers(model, norm).values() for p in layer.parameters()]
+
+
+def expected_epochs(train: Train, batches: int) -> int | None:
+    """How many epochs there will be; None if only the clock knows."""
+    if train.steps:
+        return math.ceil(train.steps / batches)
+    return train.epochs
+
+
+def cost_of(
+    epochs: Sequence[Epoch], images_per_epoch: int, train: Train, passes: tuple[int, int]
+) -> Cost:
+    """What epochs took, each image having passed so often forward and backward in a step."""
+    images = sum(epoch.images for epoch in epochs)
+    forward, backward = passes
+    gradients = 2 if train.optimizer == "sam" else 1  # a step
+    return Cost(
+        epochs=images / images_per_epoch,
+        steps=sum(epoch.steps for epoch in epochs),
+        images_processed=forward * gradients * images,
+        images_backpropagated=backward * gradients * images,
+        train_seconds=sum(epoch.seconds for epoch in epochs),
+    )
+
+
+def finish(
+    directory: Path, recipe: Recipe, data: PreparedSet, done: Training, device: torch.device
+) -> schema.Result:
+    """Evaluate what a run has trained and write all of it, the result row last."""
+    measured = evaluate_split(done.model, data, recipe.eval.split, recipe.eval.groups, device)
+    _save(directory, recipe, data, done, measured)
+    seconds = sum(epoch.seconds for epoch in done.epochs)
+    images = sum(epoch.images for epoch in done.epochs)
     result = schema.Result(
         schema=schema.SCHEMA,
         **_recipe_columns(recipe),
         **measured.columns(),
+        **dataclasses.asdict(done.cost),
+        tau=done.tau,
         set_id=data.set_id,
         index_sha256=data.index_sha256,
-        train_loss=epochs[-1].loss,
-        parameters=sum(p.numel() for p in model.parameters()),
-        images_processed=forward * images,
-        images_backpropagated=backward * images,
-        train_seconds=seconds,
-        images_per_second=images / seconds,
+        train_loss=done.epochs[-1].loss if done.epochs else None,
+        parameters=sum(p.numel() for p in done.model.parameters()),
+        images_per_second=images / seconds if done.epochs else None,
         device=describe(device),
         torch=torch.__version__,
         ltnorm=__version__,
@@ -194,49 +253,28 @@ def _run(recipe: Recipe, data: PreparedSet, out: Path, output: Output) -> schema
     return result
 
 
-def build_loader(
-    recipe: Recipe,
-    data: PreparedSet,
-    images: np.ndarray,
-    labels: np.ndarray,
-    device: torch.device,
-) -> Loader:
-    """Batches of training images of a prepared set, as the recipe has them."""
-    return Loader(
-        images,
-        labels,
-        mean=data.manifest["mean"],
-        std=data.manifest["std"],
-        train=recipe.train,
-        seed=recipe.seed,
-        device=device,
-        memory_format=memory_format(device, recipe.train.precision),
-    )
-
-
 def _save(
     directory: Path,
     recipe: Recipe,
     data: PreparedSet,
-    model: nn.Module,
-    epochs: list[Epoch],
+    done: Training,
     measured: Evaluation,
 ) -> None:
     """Everything of a run but its result row; an earlier row is void from here on."""
     (directory / schema.RESULT).unlink(missing_ok=True)
-    state = model.state_dict()
+    state = done.model.state_dict()
     for name, value in state.items():  # in place: the dict has the layers' versions besides
         state[name] = value.cpu()
     saved = checkpoint.Checkpoint(
         recipe=recipe.to_yaml(),
         counts=data.counts,
         index_sha256=data.index_sha256,
-        epoch=len(epochs),
+        epoch=len(done.epochs),
         model=state,
     )
     checkpoint.save(directory / checkpoint.NAME, saved)
     header = [f.name for f in dataclasses.fields(Epoch)]
-    schema.write_rows(directory / "epochs.csv", header, map(dataclasses.astuple, epochs))
+    schema.write_rows(directory / "epochs.csv", header, map(dataclasses.astuple, done.epochs))
     metrics = measured.metrics
     schema.write_rows(
         directory / "per_class.csv",
@@ -262,15 +300,6 @@ def _save(
     schema.write_bytes(directory / "predictions.npz", arrays.getvalue())
 
 
-def changed_options(recipe: Recipe) -> str:
-    """The options of the norm that are not its defaults: `components=3, dual_path=false`."""
-    defaults = registry.options_model("norm", recipe.norm.name)().model_dump()
-    changed = {k: v for k, v in recipe.norm.options.items() if v != defaults[k]}
-    return ", ".join(
-        f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()
-    )
-
-
 def _recipe_columns(recipe: Recipe) -> dict[str, Any]:
     return {
         "fingerprint": recipe.fingerprint(),
@@ -280,11 +309,13 @@ def _recipe_columns(recipe: Recipe) -> dict[str, Any]:
         "data_seed": recipe.dataset.data_seed,
         "model": recipe.model.name,
         "norm": recipe.norm.name,
-        "norm_options": changed_options(recipe),
+        "norm_options": recipe.norm.changes(),
         "loss": recipe.loss.name,
+        "loss_options": recipe.loss.changes(),
+        "sampler": recipe.sampler.name,
+        "retrain": recipe.retrain.method if recipe.retrain else None,
         "tag": recipe.tag,
         "seed": recipe.seed,
-        "epochs": recipe.train.epochs,
         "batch_size": recipe.train.batch_size,
         "lr": recipe.train.lr,
         "precision": recipe.train.precision,

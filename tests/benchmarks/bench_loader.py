@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from ltnorm import bench
-from ltnorm import recipe as recipes
 from ltnorm.data.loader import Loader
 from ltnorm.recipe import Train
+from ltnorm.validation import validate
 
 ROUNDS = 40
 
@@ -17,7 +17,7 @@ ROUNDS = 40
 def main() -> None:
     """Print milliseconds a batch of 128 and the ratio to the step."""
     data = {"model": {"name": "resnet8"}, "train": {"precision": "fp32"}, "device": "cpu"}
-    variant = bench.Variant("step", recipes.validate(data), "step")
+    variant = bench.Variant("step", validate(data), "step")
     subject = bench.Subject(variant, bench.Batch(), torch.device("cpu"))
     actions = {
         "loader": _batches(cutout=0),

@@ -10,11 +10,12 @@ fp32, and bf16 where the device multiplies it (elsewhere it is emulated, and slo
 import argparse
 
 from ltnorm import bench
-from ltnorm import recipe as recipes
 from ltnorm.cli.bench import describe, table
 from ltnorm.console import Output
+from ltnorm.recipe import Recipe
+from ltnorm.training.build import concrete
 from ltnorm.training.device import resolve_device, resolve_precision
-from ltnorm.training.run import concrete
+from ltnorm.validation import validate
 
 ALONE = {"dual_path": False}
 # label: norm, its options, and the label that it is measured against
@@ -61,16 +62,14 @@ def _precisions(asked: str | None, device: str, output: Output) -> list[str]:
     return ["fp32"]
 
 
-def _recipe(
-    norm: str, options: dict, precision: str, arguments: argparse.Namespace
-) -> recipes.Recipe:
+def _recipe(norm: str, options: dict, precision: str, arguments: argparse.Namespace) -> Recipe:
     data = {
         "model": {"name": arguments.model},
         "norm": {"name": norm, **options},
         "train": {"batch_size": arguments.batch_size, "precision": precision},
         "device": arguments.device,
     }
-    return concrete(recipes.validate(data))[0]
+    return concrete(validate(data))[0]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""`ltnorm retrain`."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ltnorm.cli import options, train
+from ltnorm.console import Output
+from ltnorm.errors import UsageError
+
+# A command's parameter -> the key of the recipe that it sets.
+FLAGS = {
+    "method": "retrain.method",
+    "norm_mode": "retrain.norm",
+    "loss": "retrain.loss.name",
+    "sampler": "retrain.sampler.name",
+    "epochs": "retrain.epochs",
+    "lr": "retrain.lr",
+    "tau": "retrain.tau",
+    "tag": "tag",
+}
+
+
+def command(
+    context: typer.Context,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Directories of finished runs.")
+    ],
+    method: Annotated[
+        str, typer.Option("--method", help="crt, lws, tau-norm or ncm.", show_default=False)
+    ],
+    norm_mode: Annotated[
+        str | None,
+        typer.Option(
+            "--norm-mode",
+            help="Norm layers meanwhile: frozen, shifted (statistics go on), or adapting (weight "
+            "and bias are trained besides).",
+        ),
+    ] = None,
+    loss: options.Loss = None,
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", help="Sampler of crt and lws (balanced).")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of crt and lws.")] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Their learning rate, cosine to zero.")
+    ] = None,
+    tau: Annotated[
+        str | None,
+        typer.Option("--tau", help="Of tau-norm; auto tunes it on validation images."),
+    ] = None,
+    set_: options.Set = None,
+    tag: options.Tag = None,
+    device: options.Device = None,
+    root: options.Root = options.ROOT,
+    data_dir: options.DataDir = options.DATA_DIR,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where results are written (beside RUN's).")
+    ] = None,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train the classifier of finished runs anew: the second stage.
+
+    The features stay. The result is a run of its own, whose cost includes the first stage.
+
+    `ltnorm retrain results/synthetic-exp100/resnet8-bn-ce/seed0 --method crt`
+    """
+    from ltnorm.reporting import schema
+
+    output = Output(quiet=quiet, json=json)
+    flags = {FLAGS[k]: v for k, v in context.params.items() if k in FLAGS and v is not None}
+    done: dict[Path, Any] = {}
+    planned: list[train.Job] = []
+    with train.interruptible(done, planned, force):
+        places = [out or _tree(run) for run in runs]
+        for place in dict.fromkeys(places):
+            schema.check_out(place)
+        recipes = [_recipe(run, flags, set_ or (), device) for run in runs]
+        for run, recipe, place in zip(runs, recipes, places, strict=True):
+            make = partial(_make, run, recipe, root, data_dir, place, force, output)
+            planned.append(train.Job(str(run), make))
+        train.run_all(planned, done, output)
+
+
+def _recipe(run: Path, flags: dict[str, Any], sets: Sequence[str], device: str | None) -> Any:
+    """The recipe of both stages: that of a finished run, and the flags."""
+    from ltnorm.resolve import Overrides, resolve
+    from ltnorm.training import checkpoint, twostage
+
+    first = checkpoint.load(run).parsed_recipe()
+    if first.retrain:
+        raise UsageError(
+            f"{run} is a second stage itself ({first.retrain.method})",
+            "name the run that it started from",
+        )
+    chosen = {"device": device} if device else {}
+    overrides = Overrides(flags | chosen, sets, [first.norm.name], [first.seed])
+    [recipe] = resolve(first.model_dump(), overrides)
+    again = twostage.first_stage(recipe).model_copy(update={"tag": first.tag})
+    if again.fingerprint() != first.fingerprint():
+        raise UsageError(
+            "--set changes the first stage, which is finished",
+            "here only keys of the second stage can be set: retrain.KEY=...",
+        )
+    return recipe
+
+
+def _make(
+    run: Path,
+    recipe: Any,
+    root: Path,
+    data_dir: Path,
+    out: Path,
+    force: bool,
+    output: Output,
+) -> tuple[Path, Any]:
+    from ltnorm.reporting import schema
+    from ltnorm.training import twostage
+    from ltnorm.training.run import load_run
+
+    trained = load_run(run, root, data_dir, recipe.device)
+    directory = schema.run_directory(recipe, out)
+    if not force and (result := train.finished(directory, recipe, trained.data, output)):
+        return directory, result
+    before = twostage.first_result(run.parent if run.is_file() else run)
+    return directory, twostage.run(recipe, trained, before, out, output)
+
+
+def _tree(run: Path) -> Path:
+    """The results tree that a run lies in: <tree>/<dataset>/<setting>/<seed>."""
+    directory = run.parent if run.is_file() else run
+    return Path(os.path.relpath(directory.resolve().parents[2]))

@@ -1,0 +1,195 @@
+"""From a recipe file and a command line to the recipes of its runs.
+
+Precedence: defaults < recipe file < flag < `--set key=value`.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ltnorm import registry
+from ltnorm.errors import UsageError, did_you_mean
+from ltnorm.recipe import BUDGETS, Recipe
+from ltnorm.validation import KINDS, NAMED, Mistake, common_fields, report, try_validate
+
+
+@dataclass
+class Overrides:
+    """What the command line says: flags by dotted path, `--set` items, norms and seeds."""
+
+    flags: dict[str, Any] = field(default_factory=dict)
+    sets: Sequence[str] = ()
+    norms: Sequence[str] = ()
+    seeds: Sequence[int] = ()
+
+
+def resolve(
+    base: Mapping[str, Any], overrides: Overrides, kinds: Iterable[str] = KINDS
+) -> list[Recipe]:
+    """The recipes of one command: each norm with each seed, seeds innermost.
+
+    A `--set norm.X=...` goes to those of the norms that have X; it is a mistake if none has.
+    `kinds` are the sections whose options are checked and filled in.
+
+    Raises:
+        UsageError: with every mistake and its dotted path in one message.
+    """
+    sets = [_parse_set(item) for item in overrides.sets]
+    # Names first: they decide which options a section has.
+    sets.sort(key=lambda item: not item[0].endswith(".name"))
+    named = [str(value) for key, value in sets if key == "norm.name"]
+    seeds = [value for key, value in sets if key == "seed"] or list(overrides.seeds)
+    default = str(_section(base, "norm").get("name", "bn"))
+    norms = list(dict.fromkeys(named or overrides.norms)) or [default]
+    sets = [(key, value) for key, value in sets if key not in ("norm.name", "seed")]
+
+    mistakes: list[Mistake] = []
+    known = [norm for norm in norms if _is_known(norm, mistakes)]
+    _check_norm_options(sets, known, mistakes)
+    recipes: list[Recipe | None] = []
+    for norm in known or ["bn"]:
+        data = _merge(base, norm, overrides.flags, sets)
+        wanted = seeds or [data.get("seed", 0)]
+        for seed in (s for i, s in enumerate(wanted) if s not in wanted[:i]):
+            recipes.append(try_validate(data | {"seed": seed}, mistakes, kinds))
+    if mistakes:
+        raise report(list(dict.fromkeys(mistakes)))
+    return [recipe for recipe in recipes if recipe]
+
+
+def _merge(
+    base: Mapping[str, Any],
+    norm: str,
+    flags: Mapping[str, Any],
+    sets: Iterable[tuple[str, Any]],
+) -> dict[str, Any]:
+    """The recipe of one norm as nested mappings: base < flags < sets."""
+    data = copy.deepcopy(dict(base))
+    _put(data, "norm.name", norm)
+    for key, value in flags.items():
+        _put(data, key, value)
+    for key, value in sets:
+        if not key.startswith("norm.") or _has_option(norm, key.removeprefix("norm.")):
+            _put(data, key, value)
+    return data
+
+
+def _is_known(norm: str, mistakes: list[Mistake]) -> bool:
+    try:
+        registry.lookup("norm", norm)
+    except UsageError as error:
+        mistakes.append(Mistake("norm.name", error.message, error.hint))
+        return False
+    return True
+
+
+def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = data.get(key)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _parse_set(item: str) -> tuple[str, Any]:
+    key, equals, value = item.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {item}: not key=value", "for example --set train.lr=0.2")
+    if key.strip() in Recipe.model_fields and key.strip() not in ("tag", "seed", "device"):
+        raise UsageError(
+            f"--set {item}: '{key.strip()}' is a section",
+            f"set one of its keys: {key.strip()}.KEY=...",
+        )
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(
+            f"--set {item}: the value is not YAML", "quote it, for example --set 'tag=\"a b\"'"
+        ) from error
+
+
+def _has_option(norm: str, option: str) -> bool:
+    return option in registry.options_model("norm", norm).model_fields
+
+
+def _check_norm_options(
+    sets: Iterable[tuple[str, Any]], norms: Sequence[str], mistakes: list[Mistake]
+) -> None:
+    for key, _ in sets:
+        option = key.removeprefix("norm.")
+        if not norms or option == key or any(_has_option(n, option) for n in norms):
+            continue
+        known = sorted({o for n in norms for o in registry.options_model("norm", n).model_fields})
+        text = f"none of the norms ({', '.join(norms)}) has an option '{option}'"
+        mistakes.append(Mistake(key, text, did_you_mean(option, known)))
+
+
+def _put(data: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted path. What contradicts it from before goes.
+
+    Naming another entry of a section drops the options of the old one, a budget drops the others.
+    """
+    *parents, last = path.split(".")
+    node = data
+    for parent in parents:
+        child = node.get(parent)
+        child = node[parent] = {} if child is None else child
+        if not isinstance(child, dict):
+            raise UsageError(f"{path}: '{parent}' is not a section", "see `ltnorm list recipes`")
+        node = child
+    section = ".".join(parents)
+    if last == "name" and section in NAMED and node.get("name", value) != value:
+        for key in set(node) - common_fields(section):
+            del node[key]
+    if section == "train" and last in BUDGETS:
+        for key in BUDGETS:
+            node.pop(key, None)
+    node[last] = value
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).parent
+    installed = here / "recipes"
+    return installed if installed.is_dir() else here.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The shipped recipes, name -> file."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def read(name_or_path: str) -> dict[str, Any]:
+    """The mapping in a recipe, shipped (by name) or the user's own (by path); not validated."""
+    shipped = shipped_recipes()
+    path = Path(name_or_path)
+    if name_or_path in shipped:
+        path = shipped[name_or_path]
+    elif path.is_dir() and (path / "recipe.yaml").is_file():
+        path = path / "recipe.yaml"
+    elif not path.is_file():
+        raise UsageError(
+            f"no recipe '{name_or_path}': neither a shipped one nor a file",
+            did_you_mean(name_or_path, shipped),
+        )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise UsageError(
+            f"{path}: not readable as YAML{line}",
+            "a recipe is a YAML mapping; see recipes/quick.yaml",
+        ) from error
+    if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
+        raise UsageError(
+            f"{path}: not a mapping of sections", "a recipe starts like `train: {epochs: 10}`"
+        )
+    return data
+
+
+def summary(path: Path) -> str:
+    """The first comment line of a recipe: what it is."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").strip()

@@ -1,0 +1,126 @@
+"""What a recipe says, built: the model, the objective, the loader."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ltnorm import losses, models, registry
+from ltnorm.data import class_groups, sampling
+from ltnorm.data.loader import Loader
+from ltnorm.data.prepare import PreparedSet
+from ltnorm.errors import UsageError
+from ltnorm.norms import RoutedNorm, norm_layer
+from ltnorm.recipe import Loss, Recipe, Sampler
+from ltnorm.training.device import memory_format, resolve_device, resolve_precision
+from ltnorm.training.objective import SinglePath
+
+
+def concrete(recipe: Recipe) -> tuple[Recipe, str]:
+    """The recipe with `auto` precision resolved for this machine, and why it was chosen so."""
+    precision, reason = resolve_precision(recipe.train.precision, resolve_device(recipe.device))
+    train = recipe.train.model_copy(update={"precision": precision})
+    return recipe.model_copy(update={"train": train}), reason
+
+
+def build_loss(section: Loss, counts: list[int]) -> losses.ClassLoss:
+    """The loss of a section of the recipe, for classes with so many training images."""
+    return losses.build(
+        section.name,
+        counts,
+        weights=section.class_weights,
+        beta=section.beta,
+        drw_start=section.drw_start if section.schedule == "drw" else None,
+        **section.options,
+    )
+
+
+def build_model(
+    recipe: Recipe,
+    counts: list[int],
+    image_size: int,
+    pretrained: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> nn.Module:
+    """The recipe's model, initialised from its seed: the same weights whatever the norm.
+
+    The loss has a say: it may be defined on a cosine classifier, or with an initial bias.
+    Pretrained weights are loaded if their file is given; `tell` hears which are left out.
+    """
+    torch.manual_seed(recipe.seed)
+    model = models.build(
+        recipe.model.name,
+        len(counts),
+        norm_layer(recipe.norm.name, **recipe.norm.options),
+        image_size=image_size,
+        pretrained=pretrained,
+        tell=tell,
+        **recipe.model.options,
+    )
+    loss = build_loss(recipe.loss, counts)
+    layer = models.classifier(model)
+    if loss.cosine_scale:
+        cosine = models.CosineLinear(layer.in_features, layer.out_features, loss.cosine_scale)
+        models.replace_classifier(model, cosine)
+    if loss.initial_bias is not None:
+        nn.init.constant_(layer.bias, loss.initial_bias)
+    return model
+
+
+def build_objective(recipe: Recipe, model: nn.Module, counts: list[int]) -> SinglePath:
+    """The training objective that the recipe's norm asks for."""
+    target = registry.lookup("norm", recipe.norm.name).objective
+    layer = next((m for m in model.modules() if isinstance(m, RoutedNorm)), None)
+    groups = class_groups(counts, layer.components, layer.groups) if layer else [0] * len(counts)
+    return registry.load(target)(
+        model,
+        build_loss(recipe.loss, counts),
+        torch.tensor(groups),
+        **registry.own_options(target, recipe.norm.options),
+    )
+
+
+def build_loader(
+    recipe: Recipe,
+    data: PreparedSet,
+    images: np.ndarray,
+    labels: np.ndarray,
+    device: torch.device,
+    sampler: Sampler | None = None,
+) -> Loader:
+    """Batches of training images of a prepared set, as the recipe has them.
+
+    `sampler` is another one than the recipe's.
+    """
+    sampler = sampler or recipe.sampler
+    return Loader(
+        images,
+        labels,
+        mean=data.manifest["mean"],
+        std=data.manifest["std"],
+        train=recipe.train,
+        seed=recipe.seed,
+        device=device,
+        sampler=sampling.build(sampler.name, data.counts, **sampler.options),
+        memory_format=memory_format(device, recipe.train.precision),
+    )
+
+
+def check(recipe: Recipe, counts: list[int], splits: Sequence[str]) -> None:
+    """What can only be checked once the data is known: its training images a class, its splits.
+
+    Raises:
+        UsageError: a batch larger than the set, more components than classes, no such split.
+    """
+    images = sum(counts)
+    if recipe.train.batch_size > images:
+        raise UsageError(
+            f"batch size {recipe.train.batch_size} is larger than the set of {images} images",
+            f"--batch-size can be at most {images} here",
+        )
+    if {"components", "groups"} <= recipe.norm.options.keys():
+        class_groups(counts, recipe.norm.options["components"])
+    if recipe.eval.split not in splits:
+        raise UsageError(f"the data has no {recipe.eval.split} split", "--val N holds out images")

@@ -1,0 +1,241 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ltnorm.console import Output
+from ltnorm.data.augment import Batch
+from ltnorm.norms import norm_layer
+from ltnorm.recipe import Train
+from ltnorm.reporting import schema
+from ltnorm.training import optim
+from ltnorm.training.build import concrete
+from ltnorm.training.loop import step
+from ltnorm.training.objective import SinglePath
+from ltnorm.training.run import run
+
+
+def at(train, epoch):
+    """The learning rate of an epoch of a budget of epochs."""
+    done = optim.part_done(train, epoch - 1, 0, 0.0)
+    return optim.learning_rate(train, epoch, done, train.warmup_epochs / train.epochs)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "lr"),
+    [
+        (1, 0.02),
+        (4, 0.08),
+        (5, 0.1),
+        (6, 0.1),
+        (160, 0.1),
+        (161, 0.001),
+        (180, 0.001),
+        (181, 0.00001),
+        (200, 0.00001),
+    ],
+)
+def test_the_step_schedule_is_ldam_drws(epoch, lr):
+    assert at(Train(), epoch) == pytest.approx(lr, rel=1e-9)
+
+
+def test_the_cosine_schedule_starts_at_lr_and_falls_towards_zero():
+    train = Train(epochs=20, lr=0.4, schedule="cosine", warmup_epochs=2)
+    rates = [at(train, epoch) for epoch in range(1, 21)]
+    assert rates[:3] == pytest.approx([0.2, 0.4, 0.4])
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[11] == pytest.approx(0.2)
+    assert 0 < rates[-1] < 0.01
+
+
+def test_warm_up_can_be_left_out():
+    train = Train(epochs=10, warmup_epochs=0)
+    assert [at(train, e) for e in (1, 8, 9, 10)] == pytest.approx([0.1, 0.1, 0.001, 0.00001])
+
+
+@given(st.integers(1, 500), st.sampled_from([0.5, 0.6, 0.75, 0.8, 0.9]))
+def test_a_milestone_lies_at_the_first_epoch_that_starts_after_its_part(epochs, milestone):
+    train = Train(epochs=epochs, warmup_epochs=0, milestones=(milestone,))
+    dropped = [e for e in range(1, epochs + 1) if at(train, e) < 0.1]
+    # In integers, since 0.9 * 200 is not one in floating point.
+    expected = [e for e in range(1, epochs + 1) if (e - 1) * 100 >= round(milestone * 100) * epochs]
+    assert dropped == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"nesterov": True}, {"momentum": 0.0}])
+def test_sgd_is_torchs_bit_for_bit(settings):
+    train = Train(lr=0.1, weight_decay=0.01, **settings)
+    reference = lambda p: torch.optim.SGD(  # noqa: E731
+        p, 0.1, momentum=train.momentum, nesterov=train.nesterov, weight_decay=0.01
+    )
+    assert_equal_steps(train, reference)
+
+
+def test_adamw_is_torchs_bit_for_bit():
+    train = Train(optimizer="adamw", lr=0.1, weight_decay=0.05, betas=(0.8, 0.99))
+    reference = lambda p: torch.optim.AdamW(  # noqa: E731
+        p, 0.1, betas=(0.8, 0.99), weight_decay=0.05
+    )
+    assert_equal_steps(train, reference)
+
+
+def assert_equal_steps(train, reference):
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(4, 3, generator=generator) for _ in range(3)]
+    ours, theirs = ([nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    optimizer, expected = optim.build(train, ours), reference(theirs)
+    for i in range(5):
+        optimizer.lr = expected.param_groups[0]["lr"] = 0.1 / (i + 1)
+        optimizer.zero_grad()
+        expected.zero_grad()
+        for k, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            if k == 2 and i < 2:
+                continue  # no gradient yet
+            p.grad = torch.randn(4, 3, generator=generator)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        expected.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_spares_norms_where_asked(optimizer):
+    def after_a_step(decay_norm):
+        weight, gamma = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        train = Train(optimizer=optimizer, weight_decay=0.5, decay_norm=decay_norm)
+        stepping = optim.build(train, [weight, gamma], undecayed=[gamma])
+        weight.grad, gamma.grad = torch.zeros(2), torch.zeros(2)
+        stepping.step()
+        return weight.mean().item(), gamma.mean().item()
+
+    weight, gamma = after_a_step(decay_norm=False)
+    assert (weight, gamma) == (pytest.approx(0.95), 1.0)
+    assert after_a_step(decay_norm=True) == (pytest.approx(0.95), pytest.approx(0.95))
+
+
+class Quadratic(SinglePath):
+    """The loss 1/2 p' A p, whatever the images."""
+
+    def __init__(self, matrix, start):
+        super().__init__(nn.BatchNorm1d(2, affine=False), nn.Identity(), torch.zeros(1))
+        self.matrix, self.p = matrix, nn.Parameter(start.clone())
+
+    def forward(self, images, labels, other=None, share=1.0):
+        self.model(images)
+        return 0.5 * self.p @ self.matrix @ self.p
+
+
+MATRIX = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+START = torch.tensor([1.0, -2.0], dtype=torch.float64)
+NOTHING = Batch(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))
+
+
+def stepped(**settings):
+    train = Train(lr=0.1, momentum=0.0, weight_decay=0.0, precision="fp32", **settings)
+    objective = Quadratic(MATRIX, START)
+    step(objective, optim.build(train, objective.parameters()), NOTHING, train)
+    return objective
+
+
+def test_sam_steps_by_the_gradient_uphill():
+    rho = 0.3
+    gradient = MATRIX @ START
+    uphill = START + rho * gradient / gradient.norm()
+    objective = stepped(optimizer="sam", sam_rho=rho)
+    torch.testing.assert_close(objective.p.detach(), START - 0.1 * (MATRIX @ uphill))
+    # Its second forward leaves no trace in running statistics.
+    assert objective.model.num_batches_tracked == 1
+    plain = stepped()
+    torch.testing.assert_close(objective.model.running_mean, plain.model.running_mean)
+    torch.testing.assert_close(plain.p.detach(), START - 0.1 * gradient)
+
+
+def test_a_large_gradient_is_clipped_to_its_norm():
+    gradient = MATRIX @ START
+    assert gradient.norm() > 0.5
+    clipped = START - 0.1 * 0.5 * gradient / gradient.norm()
+    torch.testing.assert_close(stepped(clip_grad=0.5).p.detach(), clipped, rtol=1e-5, atol=1e-6)
+    assert torch.equal(stepped(clip_grad=1e6).p, stepped().p)
+
+
+@pytest.mark.parametrize("norm", ["bn", "compound"])
+def test_the_average_is_of_weights_and_statistics(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm_layer(norm)(4))
+    averaged = optim.average(model, 0.9)
+    expected = None
+    for n in range(30):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+            model(torch.randn(4, 3, 2, 2))
+        averaged.update_parameters(model)
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        decay = min(0.9, (1 + n) / (10 + n))
+        if expected is None:
+            expected = state
+        for k, v in state.items():
+            floating = v.is_floating_point()
+            expected[k] = decay * expected[k] + (1 - decay) * v if floating else v
+    for k, v in averaged.module.state_dict().items():
+        torch.testing.assert_close(v, expected[k], rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_weights_are_what_is_evaluated(tiny_recipe, tiny_set, tmp_path):
+    def accuracy(ema, **flags):
+        recipe, _ = concrete(tiny_recipe(**{"train.ema": ema, "eval.every": 1, **flags}))
+        return run(recipe, tiny_set, tmp_path / str(ema), Output(quiet=True)).nll
+
+    assert accuracy(0.0) != accuracy(0.5)
+
+
+def test_a_budget_of_steps_ends_within_an_epoch(tiny_recipe, tiny_set, tmp_path):
+    batches = -(-sum(tiny_set.counts) // 16)
+    recipe, _ = concrete(tiny_recipe(**{"train.steps": batches + 2}))
+    assert recipe.train.epochs is None
+    result = run(recipe, tiny_set, tmp_path, Output(quiet=True))
+    assert result.steps == batches + 2
+    assert result.images_processed == sum(tiny_set.counts) + 32
+    assert 1 < result.epochs < 2
+
+
+def test_a_budget_of_as_many_steps_is_that_of_epochs(tiny_recipe, tiny_set, tmp_path):
+    batches = -(-sum(tiny_set.counts) // 16)
+    results = [
+        run(concrete(tiny_recipe(**flags))[0], tiny_set, tmp_path, Output(quiet=True))
+        for flags in ({"train.epochs": 3}, {"train.steps": 3 * batches})
+    ]
+    assert results[0].nll == results[1].nll
+    assert results[0].epochs == results[1].epochs == 3
+
+
+def test_a_budget_of_seconds_ends_when_they_are_over(tiny_recipe, tiny_set, tmp_path):
+    recipe, _ = concrete(tiny_recipe(**{"train.seconds": 1.0}))
+    result = run(recipe, tiny_set, tmp_path, Output(quiet=True))
+    assert 1.0 <= result.train_seconds < 3.0
+    assert result.epochs > 1
+
+
+@given(st.floats(0.1, 1e4), st.floats(0, 1))
+def test_seconds_done_grow_to_one(seconds, part):
+    train = Train(seconds=seconds)
+    assert optim.part_done(train, 3, 7, part * seconds) == pytest.approx(part)
+    assert optim.part_done(Train(steps=10), 3, 7, 0) == 0.7
+
+
+def test_every_optimizer_trains(tiny_recipe, tiny_set, tmp_path):
+    losses = {}
+    for name, lr in (("sgd", 0.05), ("sam", 0.05), ("adamw", 0.003)):
+        recipe, _ = concrete(
+            tiny_recipe(**{"train.optimizer": name, "train.lr": lr, "train.epochs": 8})
+        )
+        result = run(recipe, tiny_set, tmp_path, Output(quiet=True))
+        rows = (schema.run_directory(recipe, tmp_path) / "epochs.csv").read_text().splitlines()
+        first, last = (float(row.split(",")[2]) for row in (rows[1], rows[-1]))
+        assert last < first - 0.1
+        losses[name] = last
+        passes = 2 if name == "sam" else 1
+        assert result.images_processed == passes * 8 * sum(tiny_set.counts)
+    assert len(set(losses.values())) == 3
