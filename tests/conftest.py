@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ltnorm import resolve as recipes
@@ -24,6 +25,11 @@ TINY = {
     "model": {"name": "resnet8"},
     "train": {"epochs": 2, "batch_size": 16, "lr": 0.05, "warmup_epochs": 1, "crop_padding": 1},
 }
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: more threads would wait for each other
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @dataclass

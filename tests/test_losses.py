@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 from ltnorm import losses, models, registry
 from ltnorm.errors import UsageError
 from ltnorm.norms import norm_layer
-from ltnorm.recipe import validate
+from ltnorm.validation import validate
 
 CIFAR10_LT = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 COUNTS = [90, 40, 40, 7, 1]

@@ -229,13 +229,13 @@ def test_every_optimizer_trains(tiny_recipe, tiny_set, tmp_path):
     losses = {}
     for name, lr in (("sgd", 0.05), ("sam", 0.05), ("adamw", 0.003)):
         recipe, _ = concrete(
-            tiny_recipe(**{"train.optimizer": name, "train.lr": lr, "train.epochs": 8})
+            tiny_recipe(**{"train.optimizer": name, "train.lr": lr, "train.epochs": 16})
         )
         result = run(recipe, tiny_set, tmp_path, Output(quiet=True))
         rows = (schema.run_directory(recipe, tmp_path) / "epochs.csv").read_text().splitlines()
         first, last = (float(row.split(",")[2]) for row in (rows[1], rows[-1]))
-        assert last < first - 0.1
+        assert last < 0.85 * first
         losses[name] = last
         passes = 2 if name == "sam" else 1
-        assert result.images_processed == passes * 8 * sum(tiny_set.counts)
+        assert result.images_processed == passes * 16 * sum(tiny_set.counts)
     assert len(set(losses.values())) == 3

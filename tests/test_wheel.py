@@ -28,8 +28,8 @@ def test_the_wheel_brings_its_recipes(tmp_path):
     listed = run(python, "-m", "ltnorm", "list", "recipes")
     assert all(name in listed for name in shipped_recipes())
     check = (
-        "import ltnorm.recipe as r, pathlib\n"
+        "import ltnorm.resolve as r, ltnorm.validation as v, pathlib\n"
         "assert pathlib.Path(r.__file__).is_relative_to(pathlib.Path('venv').resolve())\n"
-        "print(len([r.validate(r.read(name)) for name in r.shipped_recipes()]))"
+        "print(len([v.validate(r.read(name)) for name in r.shipped_recipes()]))"
     )
     assert int(run(python, "-c", check)) == len(shipped_recipes())
