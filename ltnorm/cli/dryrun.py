@@ -1,7 +1,8 @@
 """`ltnorm train --dry-run`: what would be run, on how many images, and where."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,20 @@ class Planned:
     directory: str
     state: str
     norm: str
+    retrain: str | None
     seed: int
     fingerprint: str
     parameters: int
 
 
 def show(
-    recipes: Sequence[Any], root: Path, data_dir: Path, out: Path, force: bool, output: Output
+    recipes: Sequence[Any],
+    root: Path,
+    data_dir: Path,
+    out: Path,
+    force: bool,
+    pretrained: Path | None,
+    output: Output,
 ) -> None:
     """Print the resolved recipe, the counts, and the directory of each run; write nothing."""
     from ltnorm.data.prepare import preview
@@ -36,9 +44,12 @@ def show(
     if known:
         for recipe in recipes:
             build.check(recipe, counts, ["train", "test", *(["val"] if first.dataset.val else [])])
-    runs = _runs(recipes, counts, image_size, out, force)
+    build_model = partial(
+        build.build_model, counts=counts, image_size=image_size, pretrained=pretrained
+    )
+    runs = list(_runs(recipes, build_model, out, force))
     output.product(_recipe_text(recipes))
-    output.product(_counts_text(first, counts if known else None))
+    output.product(_counts_text(first, counts) if known else _unknown_text(first))
     for run in runs:
         output.product(_line(run))
     output.document(
@@ -51,33 +62,32 @@ def show(
 
 
 def _runs(
-    recipes: Sequence[Any], counts: list[int], image_size: int, out: Path, force: bool
-) -> list[Planned]:
+    recipes: Sequence[Any], build_model: Callable[[Any], Any], out: Path, force: bool
+) -> Iterator[Planned]:
+    """All runs in their order, the first of two stages before the second."""
     from ltnorm.reporting import schema
-    from ltnorm.training import build
+    from ltnorm.training.twostage import first_stage
 
     parameters: dict[str, int] = {}
-    runs = []
     for recipe in recipes:
-        fingerprint = recipe.fingerprint()
-        if fingerprint not in parameters:
-            model = build.build_model(recipe, counts, image_size)
-            parameters[fingerprint] = sum(p.numel() for p in model.parameters())
-        directory = schema.run_directory(recipe, out, claim=False)
-        state = "new"
-        if schema.finished(directory):
-            state = "finished, would be repeated" if force else "finished, would be skipped"
-        runs.append(
-            Planned(
+        for stage in ([first_stage(recipe)] if recipe.retrain else []) + [recipe]:
+            fingerprint = stage.fingerprint()
+            if fingerprint not in parameters:
+                weights = build_model(stage).parameters()
+                parameters[fingerprint] = sum(p.numel() for p in weights)
+            directory = schema.run_directory(stage, out, claim=False)
+            state = "new"
+            if schema.finished(directory):
+                state = "finished, would be repeated" if force else "finished, would be skipped"
+            yield Planned(
                 str(directory),
                 state,
-                recipe.norm.name,
-                recipe.seed,
+                stage.norm.name,
+                stage.retrain.method if stage.retrain else None,
+                stage.seed,
                 fingerprint,
                 parameters[fingerprint],
             )
-        )
-    return runs
 
 
 def _recipe_text(recipes: Sequence[Any]) -> str:
@@ -93,19 +103,32 @@ def _recipe_text(recipes: Sequence[Any]) -> str:
     return "\n".join(parts)
 
 
-def _counts_text(recipe: Any, counts: list[int] | None) -> str:
-    from ltnorm.data import report_groups
+def _unknown_text(recipe: Any) -> str:
+    return f"images a class: known once {recipe.dataset.name} is there (`ltnorm prepare`)\n"
 
-    if counts is None:
-        return f"counts: known once {recipe.dataset.name} is there (`ltnorm prepare`)\n"
+
+def _counts_text(recipe: Any, counts: list[int]) -> str:
+    """Images a class, how classes are grouped, and their weights in the loss."""
+    from ltnorm.data import report_groups
+    from ltnorm.losses import class_weights
+
     scheme, groups = report_groups(counts, recipe.eval.groups)
     sizes = ", ".join(f"{g} {groups.count(g)}" for g in ("head", "medium", "tail"))
-    most = 20
-    shown = " ".join(map(str, counts[:most])) + (" ..." if len(counts) > most else "")
-    return (
-        f"{sum(counts):,} training images of {len(counts)} classes: {shown}\n"
-        f"classes by {scheme}: {sizes}\n"
-    )
+    lines = [
+        f"{sum(counts):,} training images of {len(counts)} classes: {_few(counts)}",
+        f"classes by {scheme}: {sizes}",
+    ]
+    loss = recipe.loss
+    if loss.class_weights != "none":
+        weights = class_weights(counts, loss.class_weights, loss.beta).tolist()
+        start = f" after {loss.drw_start:.0%} of the training" if loss.schedule == "drw" else ""
+        values = _few([f"{weight:.3g}" for weight in weights])
+        lines.append(f"class weights, {loss.class_weights}{start}: {values}")
+    return "\n".join([*lines, ""])
+
+
+def _few(values: Sequence[Any], most: int = 20) -> str:
+    return " ".join(map(str, values[:most])) + (" ..." if len(values) > most else "")
 
 
 def _line(run: Planned) -> str:

@@ -134,7 +134,7 @@ def command(
         if dry_run:
             from ltnorm.cli.dryrun import show
 
-            show(planned, root, data_dir, out, force, output)
+            show(planned, root, data_dir, out, force, pretrained, output)
             return
         schema.check_out(out)
         jobs = _jobs(planned, root, data_dir, out, force, pretrained, output)
@@ -222,6 +222,8 @@ def _jobs(
     data = prepare(planned[0].dataset, root, data_dir)
     for recipe, _ in resolved:
         build.check(recipe, data.counts, data.splits)
+    for recipe in {recipe.norm.name: recipe for recipe, _ in resolved}.values():
+        build.build_model(recipe, data.counts, data.image_size, pretrained)
     runner = Runner(data, root, data_dir, out, force, output, pretrained)
     return [Job(label(recipe), partial(runner.run, recipe)) for recipe, _ in resolved]
 
