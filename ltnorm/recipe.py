@@ -36,6 +36,7 @@ def _schedule(value: Any) -> Any:
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+TRAINING_METHODS = ("crt", "lws")
 BUDGETS = ("epochs", "steps", "seconds")
 Tag = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9._+-]+$", max_length=64), BeforeValidator(_number_as_text)
@@ -214,7 +215,7 @@ class Retrain(Section):
     @property
     def trains(self) -> bool:
         """Whether the method trains, as opposed to computing the classifier."""
-        return self.method in ("crt", "lws")
+        return self.method in TRAINING_METHODS
 
 
 class Recipe(Section):

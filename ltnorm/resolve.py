@@ -157,7 +157,8 @@ def recipes_folder() -> Path:
 
 def shipped_recipes() -> dict[str, Path]:
     """The shipped recipes, name -> file."""
-    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+    files = recipes_folder().glob("*.yaml")
+    return {path.stem: path for path in sorted(files, key=lambda path: path.stem)}
 
 
 def read(name_or_path: str) -> dict[str, Any]:

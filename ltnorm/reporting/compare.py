@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from ltnorm.errors import LtnormError, NothingFound, UsageError, did_you_mean
-from ltnorm.recipe import BUDGETS, Recipe
+from ltnorm.recipe import BUDGETS, TRAINING_METHODS, Recipe, Retrain
 from ltnorm.registry import NORMS
 from ltnorm.reporting import schema
 
@@ -252,7 +252,8 @@ def _titles(groups: Sequence[pd.DataFrame]) -> list[str]:
     flat = [_flatten(json.loads(group.iloc[0]["settings"])) for group in groups]
     names = [_name(group.iloc[0], f) for group, f in zip(groups, flat, strict=True)]
     # Settings hold what is not the default.
-    defaults = _flatten(Recipe().model_dump(mode="json"))
+    whole = Recipe(retrain=Retrain(method="crt"))
+    defaults = _flatten(whole.model_dump(mode="json"))
     titles = []
     for name, settings in zip(names, flat, strict=True):
         alike = [other for other, n in zip(flat, names, strict=True) if n == name]
@@ -273,7 +274,10 @@ def _name(run: pd.Series, settings: Mapping[str, Any]) -> str:
     parts += [f"{loss} ({run['loss_options']})" if run["loss_options"] else loss]
     parts += [f"sampler {run['sampler']}"] if run["sampler"] != "instance" else []
     parts += [_budget(settings)]
-    parts += [f"then {run['retrain']}"] if isinstance(run["retrain"], str) else []
+    if isinstance(run["retrain"], str):
+        trains = run["retrain"] in TRAINING_METHODS
+        mode = settings.get("retrain.norm", Retrain.model_fields["norm"].default)
+        parts += [f"then {run['retrain']}" + (f", norms {mode}" if trains else "")]
     return " · ".join(parts + ([f"tag {run['tag']}"] if isinstance(run["tag"], str) else []))
 
 

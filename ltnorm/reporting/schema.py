@@ -8,9 +8,9 @@
         checkpoint.pt    the trained model
         result.csv       one row, written last: the mark of a finished run
 
-A setting is `<model>-<norm>-<loss>[-drw][-<sampler>][-<second stage>][-<tag>]`. Its directory
-belongs to one fingerprint, which lies in it; another recipe of the same names gets a directory of
-its own, with the start of its fingerprint added.
+A setting is `<model>-<norm>-<loss>[-drw][-<sampler>][-<method>[-<norm mode>]][-<tag>]`. Its
+directory belongs to one fingerprint, which lies in it; another recipe of the same names gets a
+directory of its own, with the start of its fingerprint added.
 """
 
 import contextlib
@@ -101,7 +101,9 @@ def _setting_name(recipe: Recipe) -> Path:
     parts = [recipe.model.name.replace("/", "_"), recipe.norm.name, recipe.loss.name]
     parts += ["drw"] if recipe.loss.schedule == "drw" else []
     parts += [recipe.sampler.name] if recipe.sampler.name != "instance" else []
-    parts += [recipe.retrain.method] if recipe.retrain else []
+    if recipe.retrain:
+        parts += [recipe.retrain.method]
+        parts += [recipe.retrain.norm] if recipe.retrain.norm != "frozen" else []
     parts += [recipe.tag] if recipe.tag else []
     return Path(f"{data.name}-{data.profile}{data.ratio:g}") / "-".join(parts)
 

@@ -1,4 +1,4 @@
-"""The loader's batch, against the training step of ResNet-8 with BN that it feeds.
+"""The loader's batch and the optimizers, against a training step of ResNet-8 with BN and SGD.
 
 uv run python tests/benchmarks/bench_loader.py
 """
@@ -16,13 +16,16 @@ ROUNDS = 40
 
 def main() -> None:
     """Print milliseconds a batch of 128 and the ratio to the step."""
-    data = {"model": {"name": "resnet8"}, "train": {"precision": "fp32"}, "device": "cpu"}
-    variant = bench.Variant("step", validate(data), "step")
-    subject = bench.Subject(variant, bench.Batch(), torch.device("cpu"))
     actions = {
-        "loader": _batches(cutout=0),
-        "loader with cutout": _batches(cutout=8),
-        "step": subject.train,
+        "loader": _batches(),
+        "with cutout": _batches(cutout=8),
+        "with mixup": _batches(mixup=1.0),
+        "with cutmix": _batches(cutmix=1.0),
+        "with AutoAugment": _batches(auto_augment="cifar10"),
+        "with RandAugment": _batches(auto_augment="randaugment"),
+        "step": _step("sgd"),
+        "step with SAM": _step("sam"),
+        "step with AdamW": _step("adamw"),
     }
     bench.take_turns(actions, bench.WARM_UP)
     seconds = bench.take_turns(actions, ROUNDS)
@@ -32,7 +35,15 @@ def main() -> None:
         print(f"  {name:20s} {1000 * np.median(values):9.2f} ms   {times:6.3f} x step")
 
 
-def _batches(cutout: int):
+def _step(optimizer: str):
+    """A function that makes a training step."""
+    train = {"precision": "fp32", "optimizer": optimizer}
+    data = {"model": {"name": "resnet8"}, "train": train, "device": "cpu"}
+    variant = bench.Variant(optimizer, validate(data), optimizer)
+    return bench.Subject(variant, bench.Batch(), torch.device("cpu")).train
+
+
+def _batches(**augmentation):
     """A function that makes one batch after the other."""
     rng = np.random.default_rng(0)
     loader = Loader(
@@ -40,7 +51,7 @@ def _batches(cutout: int):
         rng.integers(10, size=10000),
         mean=(0.5,) * 3,
         std=(0.25,) * 3,
-        train=Train(cutout=cutout),
+        train=Train(**augmentation),
         seed=0,
         device=torch.device("cpu"),
     )
