@@ -164,14 +164,14 @@ def test_a_large_gradient_is_clipped_to_its_norm():
 def test_the_average_is_of_weights_and_statistics(norm):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), norm_layer(norm)(4))
-    averaged = optim.average(model, 0.9)
+    average = optim.Average(model, 0.9)
     expected = None
     for n in range(30):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
             model(torch.randn(4, 3, 2, 2))
-        averaged.update_parameters(model)
+        average.update(model)
         state = {k: v.clone() for k, v in model.state_dict().items()}
         decay = min(0.9, (1 + n) / (10 + n))
         if expected is None:
@@ -179,7 +179,7 @@ def test_the_average_is_of_weights_and_statistics(norm):
         for k, v in state.items():
             floating = v.is_floating_point()
             expected[k] = decay * expected[k] + (1 - decay) * v if floating else v
-    for k, v in averaged.module.state_dict().items():
+    for k, v in average.model.state_dict().items():
         torch.testing.assert_close(v, expected[k], rtol=1e-4, atol=1e-5)
 
 

@@ -5,15 +5,16 @@ same updates, bit for bit, but to create one imports torch's compiler, which tak
 short run.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
-from torch.optim.swa_utils import AveragedModel
 
 from ltnorm.recipe import Train
 
@@ -177,19 +178,29 @@ def keeping_buffers(module: nn.Module) -> Iterator[None]:
             buffer.copy_(old)
 
 
-def average(model: nn.Module, decay: float) -> AveragedModel:
+class Average:
     """A moving average of a model's weights and running statistics, from which to evaluate.
 
-    After its n-th update the decay is min(decay, (1 + n) / (10 + n)), so that the first steps,
-    which matter least, do not weigh most. Counters are copied.
+    a = d a + (1 - d) p, in its n-th update with d = min(decay, n / (9 + n)), and a = p in the
+    first: the steps of the start, which matter least, do not weigh most. Counters are copied.
+    (torch's AveragedModel asks the device for n at every step.)
+
+    Attributes:
+        model: the averaged copy.
     """
 
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        if not averaged[0].is_floating_point():
-            torch._foreach_copy_(averaged, current)
-            return
-        n = float(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay, self.updates = copy.deepcopy(model), decay, 0
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the model as it is now."""
+        self.updates += 1
+        decay = min(self.decay, self.updates / (9 + self.updates)) if self.updates > 1 else 0.0
+        mine, theirs = (chain(m.parameters(), m.buffers()) for m in (self.model, model))
+        pairs = list(zip(mine, theirs, strict=True))
+        averaged, current = zip(*(p for p in pairs if p[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        for counter, now in pairs:
+            if not counter.is_floating_point():
+                counter.copy_(now)

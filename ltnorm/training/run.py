@@ -168,8 +168,8 @@ def _train(
     model = build_model(recipe, data.counts, data.image_size, pretrained, output.note)
     objective = build_objective(recipe, model, data.counts)
     objective.to(device=device, memory_format=loader.memory_format)
-    averaged = optim.average(model, train.ema) if train.ema else None
-    measured = averaged.module if averaged else model
+    average = optim.Average(model, train.ema) if train.ema else None
+    measured = average.model if average else model
 
     def measure(epoch: int) -> float | None:
         if not recipe.eval.every or epoch % recipe.eval.every:
@@ -184,7 +184,7 @@ def _train(
             train,
             progress,
             undecayed=norm_parameters(model, recipe.norm.name),
-            after_step=(lambda: averaged.update_parameters(model)) if averaged else lambda: None,
+            after_step=(lambda: average.update(model)) if average else lambda: None,
             measure=measure,
         )
     cost = cost_of(epochs, loader.images_per_epoch, train, objective.cost)
