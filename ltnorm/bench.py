@@ -1,8 +1,8 @@
 """What a norm costs: a whole training step, an evaluation forward and memory, against a baseline.
 
 The step is the one that `ltnorm train` makes: the objective that the norm asks for, backward, and
-SGD. Machines are noisy, so that only ratios of what was measured side by side mean anything: the
-variants take turns, round by round.
+the optimizer. Machines are noisy, so that only ratios of what was measured side by side mean
+anything: the variants take turns, round by round.
 """
 
 import os
@@ -36,7 +36,7 @@ class Variant:
 
     Attributes:
         label: a name of its own.
-        recipe: with its precision resolved (see `training.run.concrete`).
+        recipe: with its precision resolved (see `training.build.concrete`).
         against: the label of the variant that ratios refer to.
         compiled: whether the model goes through torch.compile.
     """

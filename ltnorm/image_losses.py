@@ -283,7 +283,7 @@ class ClassBalanced(PerImageLoss):
     Cui et al. 2019, arXiv 1901.05555: class weights by the effective number of images, which the
     registry gives it. As defined there the weighted sum is divided by the number of images, so
     that a batch of the head weighs less than one of the tail. With the sigmoid forms the
-    classifier's bias starts at probabilities of 1 / C.
+    classifier's bias starts at probabilities of 1 / C; the authors spare it from weight decay, too.
 
     Args:
         class_counts: images a class; only their number is used.

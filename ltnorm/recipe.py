@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,13 +31,20 @@ def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) else value  # YAML reads 2024 as a number
 
 
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
 def _schedule(value: Any) -> Any:
     return "step" if value == "multistep" else value  # torch's name for drops at milestones
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+# Raised when the default of any option changes, or what an option means.
+IDENTITY = 1
 TRAINING_METHODS = ("crt", "lws")
+TAU_METHODS = ("tau-norm", "logit-adjust")
 BUDGETS = ("epochs", "steps", "seconds")
 Tag = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9._+-]+$", max_length=64), BeforeValidator(_number_as_text)
@@ -119,15 +127,23 @@ class Loss(NamedSection):
     weights: Literal["auto", "none", "inverse", "effective"] = "auto"
     beta: Beta = 0.9999
     schedule: Literal["constant", "drw"] = "constant"
-    drw_start: Fraction = 0.8
+    drw_start: Annotated[float, Field(gt=0, lt=1)] = 0.8
+
+    @model_validator(mode="after")
+    def _one_identity(self) -> "Loss":
+        if self.name in registry.LOSSES and self.weights == self._own_weights:
+            object.__setattr__(self, "weights", "auto")
+        return self
+
+    @property
+    def _own_weights(self) -> str:
+        own = registry.lookup("loss", self.name).weights
+        return "effective" if own == "none" and self.schedule == "drw" else own
 
     @property
     def class_weights(self) -> str:
         """The weights, with `auto` resolved: none, inverse or effective."""
-        if self.weights != "auto":
-            return self.weights
-        own = registry.lookup("loss", self.name).weights
-        return "effective" if own == "none" and self.schedule == "drw" else own
+        return self._own_weights if self.weights == "auto" else self.weights
 
 
 class Sampler(NamedSection):
@@ -140,7 +156,8 @@ class Sampler(NamedSection):
 class Train(Section):
     """Optimization, schedule, augmentation and precision; the defaults are LDAM-DRW's.
 
-    The budget is one of `epochs`, `steps` and `seconds`. `milestones` are fractions of it.
+    The budget is one of `epochs`, `steps` and `seconds`. `milestones` are fractions of it, and so
+    is the `warmup` of steps and seconds.
     """
 
     epochs: PositiveInt | None = None
@@ -159,7 +176,11 @@ class Train(Section):
     ema: Beta = 0.0
     schedule: Annotated[Literal["step", "cosine"], BeforeValidator(_schedule)] = "step"
     warmup_epochs: NonNegativeInt = 5
-    milestones: tuple[Fraction, ...] = (0.8, 0.9)
+    warmup: Beta = 0.05
+    milestones: Annotated[tuple[Fraction, ...], AfterValidator(lambda m: tuple(sorted(m)))] = (
+        0.8,
+        0.9,
+    )
     decay: PositiveFloat = 0.01
     crop_padding: NonNegativeInt = 4
     flip: bool = True
@@ -194,23 +215,26 @@ class Evaluation(Section):
 class Retrain(Section):
     """A second stage: the classifier anew, everything before it as the first stage left it.
 
-    crt, lws      trained for `epochs`, cosine from `lr`, with the sampler and loss given here;
-                  lws trains one factor a class (arXiv 1910.09217)
-    tau-norm      weights w_c / |w_c|^tau; tau auto is tuned on validation images
+    crt, lws      trained for `epochs`, by SGD, cosine from `lr`, with the sampler and loss given
+                  here; lws trains one factor a class (arXiv 1910.09217)
+    tau-norm      weights w_c / |w_c|^tau, without a bias
+    logit-adjust  bias b_c - tau log(n_c / N) (arXiv 2007.07314)
     ncm           the nearest class mean, by cosine
 
+    A `tau` that is null, or auto, is tuned on validation images.
     `norm` is the norm layers' mode in crt and lws. frozen: evaluation, as they were left.
     shifted: batch statistics, and running statistics that go on, with weight and bias fixed
     (MiSLAS, arXiv 2104.00466). adapting: weight and bias are trained besides.
     """
 
-    method: Literal["crt", "lws", "tau-norm", "ncm"]
+    method: Literal["crt", "lws", "tau-norm", "logit-adjust", "ncm"]
     norm: Literal["frozen", "shifted", "adapting"] = "frozen"
     epochs: PositiveInt = 10
     lr: PositiveFloat = 0.1
     sampler: Sampler = Sampler(name="balanced")
     loss: Loss = Loss()
-    tau: Literal["auto"] | NonNegativeFloat = "auto"
+    tau: Annotated[NonNegativeFloat | None, BeforeValidator(_auto)] = None
+    tag: Tag | None = None
 
     @property
     def trains(self) -> bool:
@@ -237,10 +261,12 @@ class Recipe(Section):
         """What identifies the experiment, in words: names, and all that is not the default.
 
         Without the seed, the device and how often it looks. Since a default is left out, an option
-        that is added later changes no identity; but a default must never change.
+        that is added later changes no identity. Where a default changes, `IDENTITY` is raised, so
+        that what ran with the old one is another experiment (tests/test_identity.py holds that).
         """
         apart = {"seed": True, "device": True, "eval": {"every"}}
-        return _not_default(self, self.model_dump(mode="json", exclude=apart))
+        named = {"identity": IDENTITY} if IDENTITY > 1 else {}
+        return named | _not_default(self, self.model_dump(mode="json", exclude=apart))
 
     def fingerprint(self) -> str:
         """A hash of `settings()`: runs with the same one differ by seed alone."""

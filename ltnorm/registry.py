@@ -315,7 +315,7 @@ def listed(kind: str) -> dict[str, Entry]:
 
 
 def lookup(kind: str, name: str) -> Entry:
-    """The entry `name` of table `kind` ("norm", "loss", "model", "dataset").
+    """The entry `name` of table `kind`, a key of `TABLES`.
 
     Raises:
         UsageError: no such name; the hint lists the choices, led by the nearest.

@@ -48,6 +48,10 @@ def resolve(
     sets = [(key, value) for key, value in sets if key not in ("norm.name", "seed")]
 
     mistakes: list[Mistake] = []
+    for given in ([key for key, _ in sets], list(overrides.flags)):
+        if len(budgets := [k for k in BUDGETS if f"train.{k}" in given]) > 1:
+            text = f"one budget is enough, not {' and '.join(budgets)}"
+            mistakes.append(Mistake(f"train.{budgets[-1]}", text))
     known = [norm for norm in norms if _is_known(norm, mistakes)]
     _check_norm_options(sets, known, mistakes)
     recipes: list[Recipe | None] = []

@@ -1,5 +1,6 @@
 """Checking a recipe: every mistake is found at once, and told with its dotted path."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -10,6 +11,7 @@ from ltnorm import registry
 from ltnorm.errors import UsageError, did_you_mean
 from ltnorm.recipe import (
     BUDGETS,
+    TAU_METHODS,
     Dataset,
     Loss,
     Model,
@@ -36,6 +38,15 @@ DEFAULT_NAMES: Mapping[str, str] = {
     for path in NAMED
 }
 KINDS = tuple(registry.TABLES)
+# Keys of `train` that only some values of another key use.
+USED_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "momentum": ("optimizer", ("sgd", "sam")),
+    "nesterov": ("optimizer", ("sgd", "sam")),
+    "betas": ("optimizer", ("adamw",)),
+    "sam_rho": ("optimizer", ("sam",)),
+    "milestones": ("schedule", ("step",)),
+    "decay": ("schedule", ("step",)),
+}
 
 
 @dataclass(frozen=True)
@@ -100,23 +111,21 @@ def _conflicts(recipe: Recipe) -> Iterator[Mistake]:
         yield Mistake(f"train.{given[0]}", text)
     if train.nesterov and train.momentum == 0:
         yield Mistake("train.nesterov", "needs train.momentum above 0")
-    of_optimizer = {
-        "momentum": "sgd sam",
-        "nesterov": "sgd sam",
-        "betas": "adamw",
-        "sam_rho": "sam",
-    }
-    for key, optimizers in of_optimizer.items():
+    if train.epochs and train.warmup != Train.model_fields["warmup"].default:
+        text = "is of a budget of steps or seconds; of epochs it is train.warmup_epochs"
+        yield Mistake("train.warmup", text)
+    for key, (chosen, needed) in USED_WITH.items():
         changed = getattr(train, key) != Train.model_fields[key].default
-        if changed and train.optimizer not in optimizers.split():
-            yield Mistake(f"train.{key}", f"has no effect with optimizer {train.optimizer}")
-    yield from _loss_conflicts("loss", recipe.loss)
+        if changed and getattr(train, chosen) not in needed:
+            text = f"has no effect with {chosen} {getattr(train, chosen)}"
+            yield Mistake(f"train.{key}", text)
+    yield from _loss_conflicts("loss", recipe.loss, train.epochs)
     if recipe.retrain:
-        yield from _loss_conflicts("retrain.loss", recipe.retrain.loss)
+        yield from _loss_conflicts("retrain.loss", recipe.retrain.loss, recipe.retrain.epochs)
         yield from _retrain_conflicts(recipe, recipe.retrain)
 
 
-def _loss_conflicts(path: str, loss: Loss) -> Iterator[Mistake]:
+def _loss_conflicts(path: str, loss: Loss, epochs: int | None) -> Iterator[Mistake]:
     if loss.name not in registry.LOSSES:
         return
     own = registry.lookup("loss", loss.name).weights
@@ -126,6 +135,9 @@ def _loss_conflicts(path: str, loss: Loss) -> Iterator[Mistake]:
     if loss.class_weights == "none" and loss.schedule == "drw":
         text = f"{path}.weights=none leaves nothing to defer"
         yield Mistake(f"{path}.schedule", text, f"leave out {path}.weights, or set it to effective")
+    if loss.schedule == "drw" and epochs and loss.drw_start > (epochs - 1) / epochs + 1e-9:
+        text = f"of {epochs} epochs none starts after {loss.drw_start:.0%} of the training"
+        yield Mistake(f"{path}.drw_start", text, "raise --epochs, or lower the start")
     for key, needed in (
         ("drw_start", loss.schedule == "drw"),
         ("beta", loss.class_weights == "effective"),
@@ -137,23 +149,36 @@ def _loss_conflicts(path: str, loss: Loss) -> Iterator[Mistake]:
 
 def _retrain_conflicts(recipe: Recipe, retrain: Retrain) -> Iterator[Mistake]:
     cosine = _is_cosine(recipe.loss)
-    if cosine and retrain.method in ("lws", "tau-norm"):
-        text = f"{retrain.method} changes the norms of class weights: {recipe.loss.name} has none"
+    if cosine and retrain.method not in ("crt", "ncm"):
+        text = f"{retrain.method} needs weights with a norm and a bias: {recipe.loss.name} has none"
         yield Mistake("retrain.method", text, "crt and ncm are for a cosine classifier, too")
     if _is_cosine(retrain.loss) and not cosine:
         text = f"{retrain.loss.name} needs a cosine classifier, the first stage has a linear one"
         yield Mistake("retrain.loss.name", text, "choose another loss for the second stage")
-    if retrain.method != "tau-norm" and retrain.tau != "auto":
-        yield Mistake("retrain.tau", "has an effect only with method=tau-norm")
-    if retrain.method == "tau-norm" and retrain.tau == "auto" and recipe.dataset.val == 0:
-        text = "tau is tuned on validation images, and there are none"
-        yield Mistake("retrain.tau", text, "give it (retrain.tau=1), or hold out images: --val N")
+    elif cosine and _is_cosine(retrain.loss):
+        scale = recipe.loss.options["scale"]
+        if retrain.loss.options["scale"] != scale:
+            text = f"the first stage's cosine classifier has a scale of {scale:g}"
+            yield Mistake("retrain.loss.scale", text, f"retrain.loss.scale={scale:g}")
+    yield from _tau_conflicts(recipe, retrain)
     for key in () if retrain.trains else ("norm", "epochs", "lr", "sampler", "loss"):
         value, default = getattr(retrain, key), Retrain.model_fields[key].default
         if isinstance(value, NamedSection):
-            value, default = value.name, default.name
+            value, default = (value.name, value.changes()), (default.name, "")
         if value != default:
             yield Mistake(f"retrain.{key}", f"has no effect: {retrain.method} does not train")
+
+
+def _tau_conflicts(recipe: Recipe, retrain: Retrain) -> Iterator[Mistake]:
+    if retrain.method not in TAU_METHODS:
+        if retrain.tau is not None:
+            yield Mistake("retrain.tau", f"has an effect only with {' and '.join(TAU_METHODS)}")
+    elif retrain.tau is None and recipe.dataset.val == 0:
+        text = "tau is tuned on validation images, and there are none"
+        yield Mistake("retrain.tau", text, "give it (retrain.tau=1), or hold out images: --val N")
+    elif retrain.tau is None and recipe.eval.split == "val":
+        text = "tau would be tuned on the very images that are evaluated"
+        yield Mistake("retrain.tau", text, "give it (retrain.tau=1), or evaluate on the test set")
 
 
 def _is_cosine(loss: Loss) -> bool:
@@ -180,16 +205,21 @@ def _collect(model: type[BaseModel], data: Any, prefix: str, mistakes: list[Mist
                 known = _fields_at(model, item["loc"][:-1])
                 hint = did_you_mean(str(item["loc"][-1]), known)
                 mistakes.append(Mistake(path, "unknown key", hint))
+            elif item["type"] == "missing":
+                mistakes.append(Mistake(path, "is needed", f"see {path} in docs/training.md"))
             else:
                 text = item["msg"][0].lower() + item["msg"][1:]
-                mistakes.append(Mistake(path, f"{text}, got {item['input']!r}"))
+                choices = re.findall(r"'([^']*)'", item.get("ctx", {}).get("expected", ""))
+                hint = did_you_mean(str(item["input"]), choices) if choices else ""
+                mistakes.append(Mistake(path, f"{text}, got {item['input']!r}", hint))
     return None
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     for part in location:
         annotation = model.model_fields[part].annotation
-        model = next(kind for kind in (annotation, *get_args(annotation)) if kind is not None)
+        kinds = (annotation, *get_args(annotation))
+        model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
     return list(model.model_fields)
 
 

@@ -1,6 +1,7 @@
 """Norms crossed with what they are compared under."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_the_rest_crosses_as_well(ltnorm, norm, sampler, optimizer, more):
     sets = [f"{key}={value}" for key, value in more.items()]
     flags = itertools.chain.from_iterable(("--set", item) for item in sets)
     answer = ltnorm(
-        f"train --recipe tiny.yaml --norm {norm} --loss balanced-softmax --schedule drw "
+        f"train --recipe tiny.yaml --norm {norm} --epochs 5 --loss balanced-softmax --schedule drw "
         f"--sampler {sampler} --optimizer {optimizer} --lr 0.003 --quiet",
         *flags,
     )
@@ -118,6 +119,8 @@ def test_norm_parameters_are_those_of_the_norm_layers():
         ({"loss": {"name": "weighted-ce", "weights": "none"}}, "loss.weights"),
         ({"loss": {"name": "ce", "beta": 0.9}}, "loss.beta"),
         ({"loss": {"name": "ce", "drw_start": 0.5}}, "loss.drw_start"),
+        ({"loss": {"schedule": "drw"}, "train": {"epochs": 4}}, "loss.drw_start"),
+        ({"train": {"schedule": "cosine", "decay": 0.1}}, "train.decay"),
         ({"loss": {"name": "cb", "base": "softmax", "gamma": 2.0}}, "loss.gamma"),
         ({"loss": {"name": "ldam", "tau": 1.0}}, "loss.tau"),
         ({"loss": {"name": "focal", "label_smoothing": 0.1}}, "loss.label_smoothing"),
@@ -166,11 +169,14 @@ def test_weights_follow_from_loss_and_schedule():
 
 
 def test_one_schedule_flag_for_weights_and_rates(ltnorm, failing):
-    answer = ltnorm("train --recipe tiny.yaml --schedule drw --schedule multistep --dry-run")
+    answer = ltnorm(
+        "train --recipe tiny.yaml --epochs 5 --schedule drw --schedule multistep --dry-run"
+    )
     assert answer.code == 0, answer.err
     assert "schedule: drw" in answer.out
     assert "schedule: step" in answer.out
     assert "did you mean 'cosine'" in failing("train --schedule cosin", code=2)
+    assert "contradict" in failing("train --schedule cosine --schedule step", code=2)
 
 
 def test_a_budget_takes_the_place_of_the_recipes(ltnorm, failing):
@@ -181,3 +187,35 @@ def test_a_budget_takes_the_place_of_the_recipes(ltnorm, failing):
     trained = ltnorm("train --recipe tiny.yaml --steps 3 --norm bn --norm gn --quiet")
     assert "· 3 steps\n" in trained.out
     assert "train.steps: input should be greater" in failing("train --steps 0", code=2)
+    assert "one budget" in failing("train --steps 5 --seconds 3", code=2)
+    assert "one budget" in failing("train --set train.steps=5 --set train.epochs=3", code=2)
+
+
+def test_class_weights_set_in_within_an_epoch_of_a_budget_of_steps(ltnorm):
+    def loss(*flags):
+        command = "train --recipe tiny.yaml --norm bn --steps 3 --json --quiet"
+        return json.loads(ltnorm(command, *flags).out)["runs"][0]["train_loss"]
+
+    plain = loss()
+    assert loss("--schedule", "drw", "--set", "loss.drw_start=0.99") == plain
+    assert loss("--schedule", "drw", "--set", "loss.drw_start=0.5") != plain
+
+
+def test_doubtful_settings_are_told_and_run(ltnorm):
+    answer = ltnorm("train --recipe tiny.yaml --epochs 1 --quiet --optimizer adamw --lr 0.1")
+    assert answer.code == 0
+    assert "warm-up takes all of 1 epochs" in answer.err
+    assert "AdamW mostly takes" in answer.err
+
+
+def test_two_names_of_one_experiment_have_one_identity():
+    def fingerprint(**sections):
+        return validate(sections).fingerprint()
+
+    cb = fingerprint(loss={"name": "cb"})
+    assert fingerprint(loss={"name": "cb", "weights": "effective"}) == cb
+    assert fingerprint(loss={"name": "ldam", "weights": "none"}) == fingerprint(
+        loss={"name": "ldam"}
+    )
+    ordered = {"milestones": [0.5, 0.9]}
+    assert fingerprint(train={"milestones": [0.9, 0.5]}) == fingerprint(train=ordered)

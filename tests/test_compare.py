@@ -34,6 +34,7 @@ def result(norm="bn", seed=0, tail=10.0, all_=50.0, sets=(), flags=None, **chang
         sampler=recipe.sampler.name,
         retrain=recipe.retrain.method if recipe.retrain else None,
         tau=None,
+        first_stage=None,
         tag=None,
         seed=seed,
         epochs=200.0,
@@ -130,6 +131,44 @@ def test_blocks_share_everything_but_the_norm():
     titles = [block.title for block in blocks]
     assert any("train.lr 0.2" in title for title in titles)
     assert any("synthetic-exp10 " in title for title in titles)
+
+
+def test_a_second_on_another_device_is_another_budget():
+    flags = {"train.seconds": 60.0}
+    runs = [result(seed=0, flags=flags), result(seed=1, flags=flags, device="H100")]
+    titles = [block.title for block in compare(runs)]
+    assert [title.split(" · ")[3] for title in titles] == [
+        "60 seconds on H100",
+        "60 seconds on cpu",
+    ]
+    steps = [result(seed=0), result(seed=1, device="H100")]
+    assert len(compare(steps)) == 1
+
+
+def test_titles_tell_losses_samplers_budgets_and_second_stages():
+    def title(**flags):
+        [block] = compare([result(flags=flags)])
+        return block.title.removeprefix("synthetic-exp100 · resnet32 · ")
+
+    assert title() == "ce · 200 epochs"
+    flags = {"loss.name": "ldam", "loss.schedule": "drw", "sampler.name": "sqrt", "train.steps": 1}
+    assert title(**flags) == "ldam (schedule=drw) · sampler sqrt · 1 step"
+    assert title(**{"retrain.method": "crt"}) == "ce · 200 epochs · then crt, norms frozen"
+    tagged = {"retrain.method": "ncm", "retrain.tag": "x"}
+    assert title(**tagged) == "ce · 200 epochs · then ncm · tag x"
+
+
+def test_what_differs_is_told_with_its_default():
+    runs = [
+        result(flags={"retrain.method": "crt"}),
+        result(flags={"retrain.method": "crt", "retrain.epochs": 5}),
+        result(flags={"retrain.method": "crt", "train.optimizer": "sam"}),
+    ]
+    titles = " ".join(block.title for block in compare(runs))
+    assert "retrain.epochs 10" in titles
+    assert "retrain.epochs 5" in titles
+    assert "train.optimizer sgd" in titles
+    assert "default" not in titles
 
 
 def test_a_tag_shows_in_its_own_block_alone():

@@ -1,12 +1,14 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import TINY
 
 from ltnorm.console import Output
 from ltnorm.data.prepare import prepare
+from ltnorm.evaluation import posthoc
 from ltnorm.models import classifier
 from ltnorm.norms import norm_layers
 from ltnorm.reporting import schema
@@ -24,7 +26,7 @@ def stages(tmp_path, tiny_set):
 
     def make(method, norm="bn", **flags):
         given = {"retrain.method": method, "retrain.epochs": 2} | flags
-        if method in ("tau-norm", "ncm"):
+        if method in ("tau-norm", "logit-adjust", "ncm"):
             del given["retrain.epochs"]
         [recipe] = resolve(TINY, Overrides(given, norms=[norm], seeds=[0]))
         recipe, _ = build.concrete(recipe)
@@ -32,11 +34,11 @@ def stages(tmp_path, tiny_set):
         data = prepare(recipe.dataset, tmp_path / "raw", tmp_path / "data")
         before = train_run(first, data, tmp_path / "out", QUIET)
 
-        def load(r):
+        def load(r, loader=load_run):
             directory = schema.run_directory(r, tmp_path / "out")
-            return load_run(directory, tmp_path / "raw", tmp_path / "data")
+            return loader(directory, tmp_path / "raw", tmp_path / "data")
 
-        after = twostage.run(recipe, load(first), before, tmp_path / "out", QUIET)
+        after = twostage.run(recipe, load(first, twostage.load_first), tmp_path / "out", QUIET)
         return load(first).model, load(recipe).model, before, after
 
     return make
@@ -56,7 +58,9 @@ def test_crt_trains_the_classifier_alone(stages, norm):
     similarity = torch.cosine_similarity(before.fc.weight, after.fc.weight, dim=1)
     assert similarity.max() < 0.99
     assert second.epochs == first.epochs + 2
-    assert second.images_processed > first.images_processed
+    images = first.images_backpropagated  # two epochs of each stage
+    assert second.images_processed == first.images_processed + images
+    assert second.images_backpropagated == images  # frozen: the classifier alone
     assert second.train_seconds > first.train_seconds
     assert (first.retrain, second.retrain) == (None, "crt")
 
@@ -98,20 +102,33 @@ def test_tau_norm_and_ncm_need_no_training(stages):
     assert not after.fc.bias.any()
     assert changed(before, after) == {"fc.weight", "fc.bias"}
     assert (second.epochs, second.tau) == (first.epochs, 1.0)
-    _, means, *_ = stages("ncm")
+    _, means, _, third = stages("ncm")
     torch.testing.assert_close(means.fc.weight.norm(dim=1), torch.ones(4))
+    assert third.images_processed == first.images_processed * 3 / 2  # a pass beside two epochs
 
 
-def test_tau_is_tuned_on_validation_images(stages):
-    *_, second = stages("tau-norm", **{"dataset.val": 5, "eval.split": "val"})
-    tuned = second.tau
-    accuracies = {}
-    for tau in (0.0, tuned, 1.0, 2.0):
-        *_, result = stages(
-            "tau-norm", **{"dataset.val": 5, "eval.split": "val", "retrain.tau": tau}
-        )
-        accuracies[tau] = result.all
-    assert accuracies[tuned] == max(accuracies.values())
+@pytest.mark.parametrize("method", ["tau-norm", "logit-adjust"])
+def test_tau_is_tuned_on_validation_images(stages, tmp_path, method):
+    before, after, _, second = stages(method, **{"dataset.val": 5})
+    [recipe] = resolve(TINY, Overrides({"dataset.val": 5}))
+    data = prepare(recipe.dataset, tmp_path / "raw", tmp_path / "data")
+    held = posthoc.outputs(before, data, "val", torch.device("cpu"))
+
+    def accuracy(tau):
+        layer = posthoc.corrected(before.fc, method, tau, data.counts)
+        return (layer(held.features).argmax(1) == held.labels).float().mean()
+
+    assert second.tau == max(posthoc.TAUS, key=lambda tau: (accuracy(tau), -tau))
+    expected = posthoc.corrected(before.fc, method, second.tau, data.counts)
+    assert torch.equal(after.fc.weight, expected.weight)
+    assert torch.equal(after.fc.bias, expected.bias)
+
+
+def test_adjusting_logits_is_adjusting_the_bias(stages):
+    before, after, *_ = stages("logit-adjust", **{"retrain.tau": 1.5})
+    x = torch.randn(6, 3, 8, 8)
+    counts = [30, 13, 6, 3]
+    torch.testing.assert_close(after(x), posthoc.adjust_logits(before(x), counts, 1.5))
 
 
 def test_a_cosine_classifier_is_retrained_as_one(stages):
@@ -166,6 +183,7 @@ def test_several_runs_are_retrained_into_their_own_tree(ltnorm):
 def test_what_makes_no_sense_is_refused_by_name(ltnorm, failing, tmp_path):
     ltnorm(COMMAND)
     ltnorm(f"{COMMAND} --loss ldam")
+    ltnorm(COMMAND.replace("bn", "gn"))
     ltnorm(f"retrain {RUN} --method ncm --quiet")
     cosine = RUN.replace("-ce", "-ldam")
     cases = {
@@ -173,7 +191,14 @@ def test_what_makes_no_sense_is_refused_by_name(ltnorm, failing, tmp_path):
         f"retrain {RUN} --method crt --epochs 0": "retrain.epochs",
         f"retrain {RUN} --method ncm --epochs 3": "ncm does not train",
         f"retrain {RUN} --method ncm --norm-mode shifted": "retrain.norm",
-        f"retrain {RUN} --method crt --tau 1": "method=tau-norm",
+        f"retrain {RUN} --method crt --tau 1": "only with tau-norm and logit-adjust",
+        f"retrain {RUN} --method tau-norm --tau x": "retrain.tau",
+        f"retrain {RUN} --method ncm --set retrain.loss.label_smoothing=0.1": "retrain.loss",
+        f"retrain {RUN} --method crt --set seed=1": "first stage",
+        f"retrain {RUN} --method crt --device cuda:9": "is not there",
+        f"retrain {RUN.replace('bn', 'gn')} --method crt --norm-mode shifted": "no running",
+        f"retrain {cosine} --method crt --loss ldam --set retrain.loss.scale=10": "scale of 30",
+        f"retrain {cosine} --method logit-adjust --tau 1": "retrain.method",
         f"retrain {RUN} --method tau-norm": "validation",
         f"retrain {RUN} --method crt --set train.lr=1": "first stage",
         f"retrain {RUN} --method crt --loss ldam": "cosine",
@@ -199,12 +224,13 @@ def test_corrections_are_rows_of_eval(ltnorm, failing):
     document = json.loads(
         ltnorm(f"eval {RUN} --tau-norm --tau 1 --ncm --logit-adjust 0 --json").out
     )
-    assert document["posthoc"]["logit-adjust 0"]["nll"] == pytest.approx(document["nll"])
+    corrected = {row["method"]: row for row in document["posthoc"]}
+    assert corrected["logit-adjust"]["nll"] == pytest.approx(document["nll"])
     # The rows of eval are those of retrain.
-    for method, row in (("ncm", "ncm"), ("tau-norm --tau 1", "tau-norm 1")):
+    for method in ("ncm", "tau-norm --tau 1", "logit-adjust --tau 0"):
         [made] = json.loads(ltnorm(f"retrain {RUN} --method {method} --json --quiet").out)["runs"]
-        assert made["all"] == document["posthoc"][row]["all"]
-        assert made["tail"] == document["posthoc"][row]["tail"]
+        for metric in ("all", "tail", "nll", "ece"):
+            assert made[metric] == pytest.approx(corrected[method.split()[0]][metric], rel=1e-4)
     cosine = RUN.replace("-ce", "-ldam")
     assert ltnorm(f"eval {cosine} --logit-adjust 1 --ncm").code == 0
     assert "cosine" in failing(f"eval {cosine} --tau-norm --tau 1", code=2)
@@ -214,12 +240,99 @@ def test_corrections_are_rows_of_eval(ltnorm, failing):
     assert "--tau-norm" in failing(f"eval {RUN} --tau 1", code=2)
 
 
-def test_corrections_are_tuned_on_validation_images_alone(ltnorm, tmp_path):
-    """Labels of the test set change no tau."""
+def test_corrections_are_tuned_on_validation_images_alone(ltnorm, failing):
     ltnorm(f"{COMMAND} --val 5")
-    command = f"eval {RUN} --tau-norm --logit-adjust auto --json"
-    before = json.loads(ltnorm(command).out)["posthoc"]
-    recipe = yaml.safe_load((tmp_path / RUN / "recipe.yaml").read_text())
-    assert recipe["dataset"]["val"] == 5
-    on_val = json.loads(ltnorm(f"{command} --split val").out)["posthoc"]
-    assert list(before) == list(on_val)  # the names hold the taus
+    answer = ltnorm(f"eval {RUN} --tau-norm --logit-adjust auto")
+    assert answer.out.count(" (tuned)") == 2
+    rows = json.loads(ltnorm(f"eval {RUN} --tau-norm --logit-adjust auto --json").out)["posthoc"]
+    for row in rows:
+        answer = ltnorm(f"retrain {RUN} --method {row['method']} --json --quiet")
+        assert json.loads(answer.out)["runs"][0]["tau"] == row["tau"]
+        assert row["tuned"]
+    assert "very images" in failing(f"eval {RUN} --tau-norm --split val", code=2)
+    assert "very images" in failing(
+        "train --recipe tiny.yaml --val 5 --eval-split val --set retrain.method=tau-norm", code=2
+    )
+
+
+def test_a_second_stage_follows_its_first(ltnorm):
+    ltnorm("train --recipe tiny.yaml --norm bn --seconds 0.2 --quiet")
+    retrain = f"retrain {RUN} --method ncm"
+    assert ltnorm(f"{retrain} --quiet").code == 0
+    assert "is finished" in ltnorm(retrain).err
+    ltnorm("train --recipe tiny.yaml --norm bn --seconds 0.2 --quiet --force")
+    assert "another first stage" in ltnorm(retrain).err
+    assert "is finished" in ltnorm(retrain).err
+
+
+def test_a_copied_run_is_retrained_into_results(ltnorm, failing, tmp_path):
+    ltnorm(COMMAND)
+    ltnorm(f"{COMMAND} --loss ldam")
+    shutil.copytree(RUN, tmp_path / "alone")
+    answer = ltnorm("retrain alone --method ncm --quiet")
+    assert answer.code == 0, answer.err
+    assert RUN.replace("-ce", "-ce-ncm") in answer.out
+    shutil.copy(Path(RUN.replace("-ce", "-ldam")) / "checkpoint.pt", tmp_path / "alone")
+    assert "is not of the run" in failing("retrain alone --method ncm --quiet", code=1)
+
+
+def test_a_tag_of_the_second_stage_leaves_the_first_alone(ltnorm):
+    ltnorm(COMMAND)
+    answer = ltnorm(f"retrain {RUN} --method ncm --tag again --quiet")
+    directory = RUN.replace("-ce", "-ce-ncm-again")
+    assert directory in answer.out
+    assert "tag again" in answer.out
+    repeated = ltnorm(f"train --recipe {directory} --dry-run")
+    assert f"{RUN}  " in repeated.out
+
+
+def test_sigmoid_losses_start_a_second_stage_at_equal_probabilities(stages):
+    flags = {"loss.name": "cb", "retrain.loss.name": "cb", "retrain.lr": 1e-9}
+    _, after, *_ = stages("crt", **flags)
+    torch.testing.assert_close(after.fc.bias.sigmoid(), torch.full((4,), 0.25))
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """What the training of second stages was given, noted as it starts."""
+    seen = []
+    fit = twostage.fit
+
+    def watching(objective, loader, train, progress, **more):
+        objective.train()
+        modes = {name for name, m in objective.model.named_modules() if m.training}
+        seen.append((objective, modes, loader.sampler(0.0), train))
+        return fit(objective, loader, train, progress, **more)
+
+    monkeypatch.setattr(twostage, "fit", watching)
+    return seen
+
+
+def test_a_second_stage_trains_as_it_says(stages, fits):
+    flags = {"retrain.loss.name": "balanced-softmax", "retrain.lr": 0.03}
+    flags |= {"train.mixup": 1.0, "train.optimizer": "adamw", "train.weight_decay": 0.1}
+    stages("crt", "compound", **flags)
+    [(objective, modes, q, train)] = fits
+    assert type(objective.loss.per_image).__name__ == "BalancedSoftmax"
+    assert (train.epochs, train.lr, train.schedule, train.warmup_epochs) == (2, 0.03, "cosine", 0)
+    assert (train.optimizer, train.momentum, train.weight_decay) == ("sgd", 0.9, 0.1)
+    assert train.mixup == 0
+    assert q.tolist() == [0.25] * 4
+    assert modes == set()
+
+
+@pytest.mark.parametrize("mode", ["shifted", "adapting"])
+def test_only_norm_layers_are_in_training(stages, fits, mode):
+    flags = {"retrain.norm": mode, "norm.consistency": 1.0, "retrain.sampler.name": "sqrt"}
+    stages("crt", "compound", **flags)
+    [(objective, modes, q, _)] = fits
+    layers = norm_layers(objective.model, "compound")
+    inside = {
+        f"{path}.{name}" if name else path
+        for path, layer in layers.items()
+        for name, _ in layer.named_modules()
+    }
+    assert modes == inside
+    assert objective.projector is None
+    counts = torch.tensor([30.0, 13, 6, 3]).sqrt()
+    torch.testing.assert_close(torch.from_numpy(q).float(), counts / counts.sum())

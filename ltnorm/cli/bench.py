@@ -158,8 +158,8 @@ def table(rows: Sequence[Any], conditions: dict[str, Any]) -> Any:
     of = against.pop() if len(against) == 1 else "the row named"
     legend = (
         f"time: median over {c['rounds']} rounds against {of}, ± half the interquartile range of "
-        "the ratio within a round. train: a step with backward and SGD; eval: a forward; memory: "
-        "peak of a step beyond weights, momentum and batch. "
+        "the ratio within a round. train: a step with backward and the optimizer; eval: a "
+        "forward; memory: peak of a step beyond weights, momentum and batch. "
         f"{c['device']}, torch {c['torch']}."
     )
     return Group(Text(title, style="bold"), grid(columns, left), Text(legend, style="dim"))

@@ -78,6 +78,7 @@ def _runs(
             directory = schema.run_directory(stage, out, claim=False)
             state = "new"
             if schema.finished(directory):
+                schema.read_result(directory / schema.RESULT)  # a damaged one would fail the run
                 state = "finished, would be repeated" if force else "finished, would be skipped"
             yield Planned(
                 str(directory),

@@ -95,11 +95,16 @@ def command(
         for sampling, m in _recalibrated(recipe, model, data, recalibrate or (), where).items()
     }
     rows = {f"recalibrated {sampling}": found for sampling, found in recalibrated.items()}
-    output.product(_tables(recipe, data, split, measured | rows | corrections.measured))
+    rows |= {row: found.evaluation for row, found in corrections.measured.items()}
+    output.product(_tables(recipe, data, split, measured | rows))
+    posthoc = [
+        {"method": c.name, "tau": c.tau, "tuned": c.tuned, **_columns(c.evaluation)}
+        for c in corrections.measured.values()
+    ]
     output.document(
         _document(recipe, split, measured[TRAINED])
         | {"recalibrated": {k: _columns(found) for k, found in recalibrated.items()}}
-        | {"posthoc": {k: _columns(found) for k, found in corrections.measured.items()}}
+        | {"posthoc": posthoc}
     )
 
 
@@ -140,7 +145,9 @@ def _tables(recipe: Any, data: Any, split: str, measured: Mapping[str, Any]) -> 
     from rich.text import Text
 
     trained = measured[TRAINED]
-    name = f"{data.set_id} · {recipe.model.name} · {recipe.norm.name} · seed {recipe.seed}"
+    parts = [data.set_id, recipe.model.name, recipe.norm.name, recipe.loss.name]
+    parts += [f"then {recipe.retrain.method}"] if recipe.retrain else []
+    name = " · ".join([*parts, f"seed {recipe.seed}"])
     several = len(measured) > 1
     headings = ["all", *trained.metrics.groups, *OTHER_METRICS]
     cells = [_overall(found.metrics) for found in measured.values()]
@@ -185,7 +192,11 @@ def _columns(found: Any) -> dict[str, Any]:
 
 def _document(recipe: Any, split: str, trained: Any) -> dict[str, Any]:
     return {
+        "model": recipe.model.name,
         "norm": recipe.norm.name,
+        "loss": recipe.loss.name,
+        "sampler": recipe.sampler.name,
+        "retrain": recipe.retrain.method if recipe.retrain else None,
         "seed": recipe.seed,
         "split": split,
         **_columns(trained),

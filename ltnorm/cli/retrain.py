@@ -21,7 +21,7 @@ FLAGS = {
     "epochs": "retrain.epochs",
     "lr": "retrain.lr",
     "tau": "retrain.tau",
-    "tag": "tag",
+    "tag": "retrain.tag",
 }
 
 
@@ -31,7 +31,10 @@ def command(
         list[Path], typer.Argument(metavar="RUN", help="Directories of finished runs.")
     ],
     method: Annotated[
-        str, typer.Option("--method", help="crt, lws, tau-norm or ncm.", show_default=False)
+        str,
+        typer.Option(
+            "--method", help="crt, lws, tau-norm, logit-adjust or ncm.", show_default=False
+        ),
     ],
     norm_mode: Annotated[
         str | None,
@@ -51,9 +54,12 @@ def command(
     ] = None,
     tau: Annotated[
         str | None,
-        typer.Option("--tau", help="Of tau-norm; auto tunes it on validation images."),
+        typer.Option("--tau", help="Of tau-norm and logit-adjust (tuned on validation images)."),
     ] = None,
-    set_: options.Set = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any key of the second stage: `--set retrain.loss.gamma=1`."),
+    ] = None,
     tag: options.Tag = None,
     device: options.Device = None,
     root: options.Root = options.ROOT,
@@ -78,10 +84,11 @@ def command(
     done: dict[Path, Any] = {}
     planned: list[train.Job] = []
     with train.interruptible(done, planned, force):
+        runs = list(dict.fromkeys(runs))
+        recipes = [_recipe(run, flags, set_ or (), device) for run in runs]
         places = [out or _tree(run) for run in runs]
         for place in dict.fromkeys(places):
             schema.check_out(place)
-        recipes = [_recipe(run, flags, set_ or (), device) for run in runs]
         for run, recipe, place in zip(runs, recipes, places, strict=True):
             make = partial(_make, run, recipe, root, data_dir, place, force, output)
             planned.append(train.Job(str(run), make))
@@ -89,10 +96,17 @@ def command(
 
 
 def _recipe(run: Path, flags: dict[str, Any], sets: Sequence[str], device: str | None) -> Any:
-    """The recipe of both stages: that of a finished run, and the flags."""
+    """The recipe of both stages: that of a finished run, and the flags; checked."""
     from ltnorm.resolve import Overrides, resolve
     from ltnorm.training import checkpoint, twostage
+    from ltnorm.training.device import resolve_device
 
+    for item in sets:
+        if not item.startswith("retrain."):
+            raise UsageError(
+                f"--set {item} changes the first stage, which is finished",
+                "here only keys of the second stage can be set: retrain.KEY=...",
+            )
     first = checkpoint.load(run).parsed_recipe()
     if first.retrain:
         raise UsageError(
@@ -102,12 +116,8 @@ def _recipe(run: Path, flags: dict[str, Any], sets: Sequence[str], device: str |
     chosen = {"device": device} if device else {}
     overrides = Overrides(flags | chosen, sets, [first.norm.name], [first.seed])
     [recipe] = resolve(first.model_dump(), overrides)
-    again = twostage.first_stage(recipe).model_copy(update={"tag": first.tag})
-    if again.fingerprint() != first.fingerprint():
-        raise UsageError(
-            "--set changes the first stage, which is finished",
-            "here only keys of the second stage can be set: retrain.KEY=...",
-        )
+    resolve_device(recipe.device)
+    twostage.check(recipe)
     return recipe
 
 
@@ -122,17 +132,20 @@ def _make(
 ) -> tuple[Path, Any]:
     from ltnorm.reporting import schema
     from ltnorm.training import twostage
-    from ltnorm.training.run import load_run
 
-    trained = load_run(run, root, data_dir, recipe.device)
+    first = twostage.load_first(run, root, data_dir, recipe.device)
     directory = schema.run_directory(recipe, out)
-    if not force and (result := train.finished(directory, recipe, trained.data, output)):
+    data = first.trained.data
+    if not force and (result := train.finished(directory, recipe, data, output, run)):
         return directory, result
-    before = twostage.first_result(run.parent if run.is_file() else run)
-    return directory, twostage.run(recipe, trained, before, out, output)
+    return directory, twostage.run(recipe, first, out, output)
 
 
 def _tree(run: Path) -> Path:
     """The results tree that a run lies in: <tree>/<dataset>/<setting>/<seed>."""
-    directory = run.parent if run.is_file() else run
-    return Path(os.path.relpath(directory.resolve().parents[2]))
+    from ltnorm.reporting.schema import OWNER
+
+    directory = (run.parent if run.is_file() else run).resolve()
+    if not (directory.parent / OWNER).is_file():
+        return options.OUT
+    return Path(os.path.relpath(directory.parents[2]))

@@ -142,10 +142,13 @@ def command(
 
 
 def _schedules(values: Sequence[str]) -> dict[str, str]:
-    flags = {}
+    flags: dict[str, str] = {}
     for value in values:
         if value not in SCHEDULES:
             raise UsageError(f"unknown schedule '{value}'", did_you_mean(value, SCHEDULES))
+        if flags.setdefault(SCHEDULES[value], value) != value:
+            both = f"{flags[SCHEDULES[value]]} and {value}"
+            raise UsageError(f"--schedule {both} contradict each other", "leave one of them out")
         flags[SCHEDULES[value]] = value
     return flags
 
@@ -194,13 +197,18 @@ class Runner:
         from ltnorm.training import twostage
 
         directory = schema.run_directory(recipe, self.out)
-        if not self.force and (result := finished(directory, recipe, self.data, self.output)):
+        first = None
+        if recipe.retrain:
+            first = schema.run_directory(twostage.first_stage(recipe), self.out)
+        if not self.force and (
+            result := finished(directory, recipe, self.data, self.output, first)
+        ):
             return directory, result
-        if not recipe.retrain:
+        if not first:
             return directory, running.run(recipe, self.data, self.out, self.output, self.pretrained)
-        first, before = self.run(twostage.first_stage(recipe))
-        trained = running.load_run(first, self.root, self.data_dir, recipe.device)
-        return directory, twostage.run(recipe, trained, before, self.out, self.output)
+        self.run(twostage.first_stage(recipe))
+        start = twostage.load_first(first, self.root, self.data_dir, recipe.device)
+        return directory, twostage.run(recipe, start, self.out, self.output)
 
 
 def _jobs(
@@ -214,26 +222,40 @@ def _jobs(
 ) -> list[Job]:
     """What is to be run, checked as far as it can be before it starts."""
     from ltnorm.data.prepare import prepare
-    from ltnorm.training import build
+    from ltnorm.training import build, twostage
     from ltnorm.training.run import label
 
     resolved = [build.concrete(recipe) for recipe in planned]
-    output.note(f"precision {resolved[0][0].train.precision}: {resolved[0][1]}")
+    first, reason = resolved[0]
+    output.note(f"precision {first.train.precision}: {reason}")
+    for warning in build.doubts(first.train):
+        output.warn(warning)
     data = prepare(planned[0].dataset, root, data_dir)
     for recipe, _ in resolved:
         build.check(recipe, data.counts, data.splits)
     for recipe in {recipe.norm.name: recipe for recipe, _ in resolved}.values():
         build.build_model(recipe, data.counts, data.image_size, pretrained)
+        twostage.check(recipe)
     runner = Runner(data, root, data_dir, out, force, output, pretrained)
     return [Job(label(recipe), partial(runner.run, recipe)) for recipe, _ in resolved]
 
 
-def finished(directory: Path, recipe: Any, data: Any, output: Output) -> Any | None:
-    """The result of a run that need not be repeated; says so, or why it is."""
+def finished(
+    directory: Path, recipe: Any, data: Any, output: Output, first: Path | None = None
+) -> Any | None:
+    """The result of a run that need not be repeated; says so, or why it is.
+
+    `first` is where the first stage of a second one lies, or its checkpoint.
+    """
     from ltnorm.reporting import schema
+    from ltnorm.training import checkpoint
     from ltnorm.training.run import finished_result
 
     result = finished_result(directory, recipe, data)
+    file = checkpoint.file_of(first) if first else None
+    if result and file and file.is_file() and result.first_stage != checkpoint.sha256(file):
+        output.warn(f"{directory} is of another first stage than {file}: repeating it")
+        return None
     if result:
         output.note(f"{directory} is finished; --force repeats it")
     elif schema.finished(directory):

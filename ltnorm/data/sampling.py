@@ -73,7 +73,9 @@ def effective(
     arXiv 1901.05555.
     """
     counts = np.array(class_counts, float)
-    return _normalized(counts * (1 - beta) / (1 - beta**counts))
+    # 1 - beta^n, without cancellation.
+    with np.errstate(divide="ignore"):  # at beta = 0 the logarithm is minus infinity, as it should
+        return _normalized(counts / -np.expm1(counts * np.log1p(beta - 1)))
 
 
 def _normalized(weights: np.ndarray) -> np.ndarray:

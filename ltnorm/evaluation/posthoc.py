@@ -3,6 +3,7 @@
 Each has at most one number to tune, and it is tuned on validation images, never on the test set.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from ltnorm.evaluation.evaluate import Evaluation, of_logits, predict
 from ltnorm.evaluation.metrics import class_accuracy
 from ltnorm.models import CosineLinear, classifier
 
-# tau = 0 changes nothing; beyond 2 both corrections overshoot on any long tail.
+# 0 is no correction (but tau-norm drops the bias); beyond 2 both overshoot on any long tail.
 TAUS = tuple(i / 10 for i in range(21))
 
 
@@ -33,7 +34,7 @@ def adjust_logits(logits: Tensor, class_counts: Sequence[int], tau: float) -> Te
 def tau_normalized(weight: Tensor, tau: float) -> Tensor:
     """w_c / |w_c|^tau for classifier weights [C, D], which are used without a bias.
 
-    Kang et al. 2020, arXiv 1910.09217. tau = 1 leaves directions alone.
+    Kang et al. 2020, arXiv 1910.09217. tau = 1 leaves directions only.
     """
     return weight / torch.linalg.vector_norm(weight, dim=1, keepdim=True) ** tau
 
@@ -47,6 +48,24 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     sums = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
     sums.index_add_(0, labels, features.double())
     return F.normalize(sums, dim=1).to(features.dtype)
+
+
+def corrected(layer: nn.Linear, method: str, tau: float, class_counts: Sequence[int]) -> nn.Linear:
+    """A copy of a classifier, on the CPU, corrected by "tau-norm" or "logit-adjust"."""
+    layer = copy.deepcopy(layer).cpu().requires_grad_(False)
+    if method == "tau-norm":
+        return with_weight(layer, tau_normalized(layer.weight.detach(), tau))
+    layer.bias.copy_(adjust_logits(layer.bias, class_counts, tau))
+    return layer
+
+
+def with_weight(layer: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A copy of a classifier with other weights [C, D] and without a bias's effect."""
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.zero_()
+    return layer
 
 
 def tune(logits: Callable[[float], Tensor], labels: Tensor, taus: Sequence[float] = TAUS) -> float:
@@ -87,8 +106,18 @@ def outputs(model: nn.Module, data: PreparedSet, split: Split, device: torch.dev
     return Outputs(torch.cat(features), logits, torch.from_numpy(labels))
 
 
+@dataclass(frozen=True)
+class Correction:
+    """One correction: its name, its tau and whether that was tuned, and what was measured."""
+
+    name: str
+    tau: float | None
+    tuned: bool
+    evaluation: Evaluation
+
+
 class Corrections:
-    """A trained model's corrections, each evaluated on a split; `measured` has them by name.
+    """A trained model's corrections, each evaluated on a split; `measured` has them by row.
 
     A tau that is not given is tuned on the validation images.
 
@@ -109,7 +138,7 @@ class Corrections:
     ) -> None:
         self.model, self.data, self.split = model, data, split
         self.scheme, self.device = scheme, device
-        self.measured: dict[str, Evaluation] = {}
+        self.measured: dict[str, Correction] = {}
         self._outputs: dict[str, Outputs] = {}
 
     def tau_norm(self, tau: float | None) -> None:
@@ -124,10 +153,12 @@ class Corrections:
                 "--tau-norm changes the norms of class weights: a cosine classifier has none",
                 "--logit-adjust and --ncm are for it, too",
             )
-        weight = layer.weight.detach().cpu()
-        tau = self._tuned(tau, lambda o, t: o.features @ tau_normalized(weight, t).T, "--tau-norm")
-        logits = self._of(self.split).features @ tau_normalized(weight, tau).T
-        self._add(f"tau-norm {tau:g}", logits)
+
+        def logits(seen: Outputs, tau: float) -> Tensor:
+            return corrected(layer, "tau-norm", tau, self.data.counts)(seen.features)
+
+        used = self._tuned(tau, logits, "--tau-norm")
+        self._add("tau-norm", logits(self._of(self.split), used), used, tuned=tau is None)
 
     def logit_adjust(self, tau: float | None) -> None:
         """With the training prior taken out of the logits.
@@ -135,16 +166,19 @@ class Corrections:
         Raises:
             UsageError: nothing to tune on.
         """
-        counts = self.data.counts
-        tau = self._tuned(tau, lambda o, t: adjust_logits(o.logits, counts, t), "--logit-adjust")
-        logits = adjust_logits(self._of(self.split).logits, counts, tau)
-        self._add(f"logit-adjust {tau:g}", logits)
+
+        def logits(seen: Outputs, tau: float) -> Tensor:
+            return adjust_logits(seen.logits, self.data.counts, tau)
+
+        used = self._tuned(tau, logits, "--logit-adjust")
+        self._add("logit-adjust", logits(self._of(self.split), used), used, tuned=tau is None)
 
     def ncm(self) -> None:
         """By the nearest class mean, of training images without augmentation."""
         seen, here = self._of("train"), self._of(self.split)
         means = class_means(seen.features, seen.labels, len(self.data.counts))
-        self._add("ncm", F.normalize(here.features, dim=1) @ means.T)
+        layer = with_weight(classifier(self.model), means).cpu()
+        self._add("ncm", layer(here.features))
 
     def _tuned(
         self, tau: float | None, logits: Callable[[Outputs, float], Tensor], flag: str
@@ -156,6 +190,11 @@ class Corrections:
                 f"{flag} is tuned on validation images, and {self.data.set_id} has none",
                 "give its tau, or train with --val N",
             )
+        if self.split == "val":
+            raise UsageError(
+                f"{flag} would be tuned on the very images that are evaluated",
+                "give its tau, or evaluate on the test set: --split test",
+            )
         held = self._of("val")
         return tune(lambda t: logits(held, t), held.labels)
 
@@ -164,6 +203,10 @@ class Corrections:
             self._outputs[split] = outputs(self.model, self.data, split, self.device)
         return self._outputs[split]
 
-    def _add(self, name: str, logits: Tensor) -> None:
+    def _add(
+        self, name: str, logits: Tensor, tau: float | None = None, tuned: bool = False
+    ) -> None:
         labels = self._of(self.split).labels
-        self.measured[name] = of_logits(logits, labels, self.data, self.scheme)
+        found = of_logits(logits, labels, self.data, self.scheme)
+        row = name if tau is None else f"{name} {tau:g}" + (" (tuned)" if tuned else "")
+        self.measured[row] = Correction(name, tau, tuned, found)

@@ -263,7 +263,8 @@ def _titles(groups: Sequence[pd.DataFrame]) -> list[str]:
             if not key.startswith("norm.")
             and len({json.dumps(other.get(key)) for other in alike}) > 1
         ]
-        told = (f"{k} {_plain(settings.get(k, defaults.get(k, 'default')))}" for k in differing)
+        values = {k: _plain(settings.get(k, defaults.get(k, "default"))) for k in differing}
+        told = (f"{k} {v[:8] if k == 'model.pretrained' else v}" for k, v in values.items())
         titles.append(" · ".join([name, *told]))
     return titles
 
@@ -273,11 +274,13 @@ def _name(run: pd.Series, settings: Mapping[str, Any]) -> str:
     parts = [run["set_id"], run["model"]]
     parts += [f"{loss} ({run['loss_options']})" if run["loss_options"] else loss]
     parts += [f"sampler {run['sampler']}"] if run["sampler"] != "instance" else []
-    parts += [_budget(settings)]
+    device = f" on {run['device']}" if "train.seconds" in settings else ""
+    parts += [_budget(settings) + device]
     if isinstance(run["retrain"], str):
         trains = run["retrain"] in TRAINING_METHODS
         mode = settings.get("retrain.norm", Retrain.model_fields["norm"].default)
         parts += [f"then {run['retrain']}" + (f", norms {mode}" if trains else "")]
+        parts += [f"tag {tag}"] if (tag := settings.get("retrain.tag")) else []
     return " · ".join(parts + ([f"tag {run['tag']}"] if isinstance(run["tag"], str) else []))
 
 

@@ -52,7 +52,8 @@ class Result:
     loss_options: str
     sampler: str
     retrain: str | None  # the method of a second stage
-    tau: float | None  # of tau-norm, given or tuned
+    tau: float | None  # of tau-norm and logit-adjust, given or tuned
+    first_stage: str | None  # the sha256 of the checkpoint that a second stage started from
     tag: str | None
     seed: int
     epochs: float
@@ -104,6 +105,7 @@ def _setting_name(recipe: Recipe) -> Path:
     if recipe.retrain:
         parts += [recipe.retrain.method]
         parts += [recipe.retrain.norm] if recipe.retrain.norm != "frozen" else []
+        parts += [recipe.retrain.tag] if recipe.retrain.tag else []
     parts += [recipe.tag] if recipe.tag else []
     return Path(f"{data.name}-{data.profile}{data.ratio:g}") / "-".join(parts)
 
@@ -310,6 +312,8 @@ def block_key(result: Result) -> str:
     """What a block of a comparison shares: everything but the norm, and the images themselves."""
     settings = json.loads(result.settings)
     settings.pop("norm", None)
+    if "seconds" in settings.get("train", {}):  # a second is as much as the device does in it
+        settings["device"] = result.device
     settings["index_sha256"] = result.index_sha256
     settings["group_scheme"] = result.group_scheme
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

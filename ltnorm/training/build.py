@@ -1,6 +1,6 @@
 """What a recipe says, built: the model, the objective, the loader."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from ltnorm.data.loader import Loader
 from ltnorm.data.prepare import PreparedSet
 from ltnorm.errors import UsageError
 from ltnorm.norms import RoutedNorm, norm_layer
-from ltnorm.recipe import Loss, Recipe, Sampler
+from ltnorm.recipe import Loss, Recipe, Sampler, Train
 from ltnorm.training.device import memory_format, resolve_device, resolve_precision
 from ltnorm.training.objective import SinglePath
 
@@ -60,13 +60,20 @@ def build_model(
         **recipe.model.options,
     )
     loss = build_loss(recipe.loss, counts)
-    layer = models.classifier(model)
     if loss.cosine_scale:
+        layer = models.classifier(model)
         cosine = models.CosineLinear(layer.in_features, layer.out_features, loss.cosine_scale)
         models.replace_classifier(model, cosine)
-    if loss.initial_bias is not None:
-        nn.init.constant_(layer.bias, loss.initial_bias)
+    start_bias(model, loss)
+    if pretrained and (loss.cosine_scale or loss.initial_bias is not None):
+        tell(f"the classifier does not start as in {pretrained}: {recipe.loss.name} sets it")
     return model
+
+
+def start_bias(model: nn.Module, loss: losses.ClassLoss) -> None:
+    """Set the bias of the classifier to where the loss is defined to start."""
+    if loss.initial_bias is not None and (layer := models.classifier(model)).bias is not None:
+        nn.init.constant_(layer.bias, loss.initial_bias)
 
 
 def build_objective(recipe: Recipe, model: nn.Module, counts: list[int]) -> SinglePath:
@@ -106,6 +113,18 @@ def build_loader(
         sampler=sampling.build(sampler.name, data.counts, **sampler.options),
         memory_format=memory_format(device, recipe.train.precision),
     )
+
+
+def doubts(train: Train) -> Iterator[str]:
+    """What can be meant, and mostly is not."""
+    if train.epochs and train.epochs <= train.warmup_epochs:
+        rate = train.lr * train.epochs / train.warmup_epochs
+        yield (
+            f"the warm-up takes all of {train.epochs} epochs, the learning rate ends at {rate:g}: "
+            "see train.warmup_epochs"
+        )
+    if train.optimizer == "adamw" and train.lr >= 0.02:
+        yield f"a learning rate of {train.lr:g} is SGD's; AdamW mostly takes --lr 0.001"
 
 
 def check(recipe: Recipe, counts: list[int], splits: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: what is needed to evaluate a trained model, and nothing that can run code."""
 
+import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,17 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     write_bytes(path, content.getvalue())
 
 
+def file_of(path: Path) -> Path:
+    """The file of a checkpoint that is named by itself or by its run's directory."""
+    return path / NAME if path.is_dir() else path
+
+
+def sha256(file: Path) -> str:
+    """The hash of a checkpoint, in hex."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint: a file, or a run's directory.
 
@@ -71,15 +83,14 @@ def load(path: Path) -> Checkpoint:
         LtnormError: it is truncated, damaged, holds more than tensors and plain values, or is
             of another format.
     """
-    if path.is_dir():
-        path = path / NAME
+    path = file_of(path)
     if not path.is_file():
         hint = "name a run's directory, as `ltnorm train` prints it"
         below = sorted(path.parent.glob(f"**/{NAME}")) if path.name == NAME else []
         if below:
             hint = f"name a run's directory, as {below[0].parent}"
         if (path.parent / RESULT).is_file():
-            hint = "this run is kept without its checkpoint; `ltnorm train --recipe` repeats it"
+            hint = "this run is kept without its checkpoint; `ltnorm train --force` makes it anew"
         raise NothingFound(f"no checkpoint at {path}", hint)
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)

@@ -24,7 +24,7 @@ class Epoch:
 
     Attributes:
         epoch: from 1.
-        lr: its learning rate.
+        lr: its learning rate, or that of its last step.
         loss: the mean of its steps.
         steps, images: what it had.
         seconds, images_per_second: of training alone.
@@ -51,9 +51,15 @@ def diverged(epoch: int, step: int, loss: float, train: Train) -> LtnormError:
 
 def step(objective: SinglePath, optimizer: optim.Optimizer, batch: Batch, train: Train) -> Tensor:
     """One update of the weights. Returns the loss, which is still on the device."""
+    sam = train.optimizer == "sam"
+    # Uphill the same function is asked again, from the same running statistics.
+    before = optim.buffers(objective) if sam else []
     loss = _gradients(objective, optimizer, batch, train)
-    if train.optimizer == "sam":
-        with optim.uphill(optimizer.parameters, train.sam_rho), optim.keeping_buffers(objective):
+    if sam:
+        with (
+            optim.uphill(optimizer.parameters, train.sam_rho),
+            optim.with_buffers(objective, before),
+        ):
             _gradients(objective, optimizer, batch, train)
     if train.clip_grad:
         clip_grad_norm_(optimizer.parameters, train.clip_grad)
@@ -84,7 +90,8 @@ def fit(
 ) -> list[Epoch]:
     """Train `objective` until the budget is spent.
 
-    The learning rate, the sampler and the class weights change between epochs only.
+    With a budget of epochs the learning rate and the class weights change between epochs, as in
+    LDAM-DRW; with one of steps or seconds, at every step. The sampler changes between epochs.
 
     Args:
         objective: the model, the loss, and how they are put together.
@@ -100,17 +107,18 @@ def fit(
     """
     optimizer = optim.build(train, objective.parameters(), undecayed)
     epochs: list[Epoch] = []
-    steps, spent, warm = 0, 0.0, 0.0
+    steps, spent = 0, 0.0
     for epoch in count(1):
         objective.train()
         done = optim.part_done(train, epoch - 1, steps, spent)
-        if epoch == train.warmup_epochs + 1:
-            warm = done
-        optimizer.lr = lr = optim.learning_rate(train, epoch, done, warm)
+        optimizer.lr = optim.learning_rate(train, epoch, done)
         objective.set_progress(done)
         losses: list[Tensor] = []
         start, images = time.perf_counter(), 0
         for batch in loader.epoch(epoch, done):
+            if not train.epochs:
+                optimizer.lr = optim.learning_rate(train, epoch, done)
+                objective.set_progress(done)
             losses.append(step(objective, optimizer, batch, train))
             after_step()
             images += len(batch.labels)
@@ -127,6 +135,7 @@ def fit(
         steps, spent = steps + len(losses), spent + seconds
         accuracy = measure(epoch)
         speed = images / seconds
+        lr = optimizer.lr
         epochs.append(Epoch(epoch, lr, mean, len(losses), images, seconds, speed, accuracy))
         done = optim.part_done(train, epoch, steps, spent)
         progress.epoch(done, epoch, mean, lr, speed)

@@ -23,10 +23,11 @@ class SinglePath(nn.Module):
         class_group: the class group of each class for the norm layers, int64 [C].
 
     Attributes:
-        in_evaluation: modules that stay in evaluation mode while training.
+        in_training: the modules of the model that are in training mode while training, all
+            others being in evaluation; None is the whole model.
     """
 
-    in_evaluation: Sequence[nn.Module] = ()
+    in_training: Sequence[nn.Module] | None = None
 
     def __init__(self, model: nn.Module, loss: nn.Module, class_group: Tensor) -> None:
         super().__init__()
@@ -35,10 +36,12 @@ class SinglePath(nn.Module):
         self.register_buffer("class_group", class_group)
 
     def train(self, mode: bool = True) -> "SinglePath":
-        """Switch to training, but for what is `in_evaluation`."""
+        """Switch to training: the model, or what of it is `in_training`."""
         super().train(mode)
-        for module in self.in_evaluation:
-            module.eval()
+        if self.in_training is not None:
+            self.model.eval()
+            for module in self.in_training:
+                module.train(mode)
         return self
 
     def set_progress(self, done: float) -> None:

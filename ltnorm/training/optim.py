@@ -29,10 +29,11 @@ def part_done(train: Train, epochs: int, steps: int, seconds: float) -> float:
     return epochs / train.epochs
 
 
-def learning_rate(train: Train, epoch: int, done: float, warm: float) -> float:
-    """The learning rate of an epoch; epochs count from 1.
+def learning_rate(train: Train, epoch: int, done: float) -> float:
+    """The learning rate of an epoch, which counts from 1, or of a step of another budget.
 
-    Warm-up: lr * epoch / warmup_epochs. Then
+    Warm-up: lr * epoch / warmup_epochs; of a budget of steps or seconds from lr / 100 linearly,
+    over `warmup`, a part of it. Then
         step    lr * decay^k after the k-th milestone (a part of the budget)
         cosine  lr / 2 * (1 + cos(pi * t)), t from 0 after warm-up towards 1
     The step schedule with its defaults is LDAM-DRW's: at 200 epochs, 0.1 in 6 .. 160, 0.001 in
@@ -41,11 +42,16 @@ def learning_rate(train: Train, epoch: int, done: float, warm: float) -> float:
     Args:
         train: the settings.
         epoch: which.
-        done: the part of the budget that is done when it starts.
-        warm: that was done when the warm-up was over.
+        done: the part of the budget that is done when the epoch, or the step, starts.
     """
-    if epoch <= train.warmup_epochs:
-        return train.lr * epoch / train.warmup_epochs
+    if train.epochs:
+        if epoch <= train.warmup_epochs:
+            return train.lr * epoch / train.warmup_epochs
+        warm = train.warmup_epochs / train.epochs
+    else:
+        warm = train.warmup
+        if done < warm:
+            return train.lr * (0.01 + 0.99 * done / warm)
     if train.schedule == "cosine":
         t = (done - warm) / (1 - warm)
         return train.lr / 2 * (1 + math.cos(math.pi * t))
@@ -166,16 +172,25 @@ def uphill(parameters: Iterable[nn.Parameter], rho: float) -> Iterator[None]:
             torch._foreach_copy_(moved, before)
 
 
+def buffers(module: nn.Module) -> list[Tensor]:
+    """A copy of a module's buffers: its running statistics."""
+    return [b.clone() for b in module.buffers()]
+
+
 @contextmanager
-def keeping_buffers(module: nn.Module) -> Iterator[None]:
-    """Forwards inside leave no trace in running statistics."""
-    buffers = list(module.buffers())
-    before = [b.clone() for b in buffers]
+def with_buffers(module: nn.Module, values: list[Tensor]) -> Iterator[None]:
+    """Inside, a module has these buffers; what forwards do to them leaves no trace."""
+    now = buffers(module)
     try:
+        _set_buffers(module, values)
         yield
     finally:
-        for buffer, old in zip(buffers, before, strict=True):
-            buffer.copy_(old)
+        _set_buffers(module, now)
+
+
+def _set_buffers(module: nn.Module, values: list[Tensor]) -> None:
+    for buffer, value in zip(module.buffers(), values, strict=True):
+        buffer.copy_(value)
 
 
 class Average:

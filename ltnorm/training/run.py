@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -56,12 +56,23 @@ class Cost:
 
 @dataclass(frozen=True)
 class Training:
-    """What a stage of training has done: the model to evaluate, and its epochs."""
+    """What training has done.
+
+    Attributes:
+        model: to evaluate.
+        epochs: of the last stage.
+        cost: of all stages.
+        tau: of a correction, given or tuned.
+        first_stage: the sha256 of the checkpoint that it started from.
+        devices: of earlier stages, in words.
+    """
 
     model: nn.Module
     epochs: Sequence[Epoch]
     cost: Cost
     tau: float | None = None
+    first_stage: str | None = None
+    devices: Sequence[str] = ()
 
 
 def load_run(path: Path, root: Path, data_dir: Path, device: str | None = None) -> TrainedRun:
@@ -170,13 +181,6 @@ def _train(
     objective.to(device=device, memory_format=loader.memory_format)
     average = optim.Average(model, train.ema) if train.ema else None
     measured = average.model if average else model
-
-    def measure(epoch: int) -> float | None:
-        if not recipe.eval.every or epoch % recipe.eval.every:
-            return None
-        split, groups = recipe.eval.split, recipe.eval.groups
-        return evaluate_split(measured, data, split, groups, device).metrics.accuracy
-
     with output.training(label(recipe), expected_epochs(train, len(loader))) as progress:
         epochs = fit(
             objective,
@@ -185,10 +189,24 @@ def _train(
             progress,
             undecayed=norm_parameters(model, recipe.norm.name),
             after_step=(lambda: average.update(model)) if average else lambda: None,
-            measure=measure,
+            measure=measuring(recipe, measured, data, device),
         )
     cost = cost_of(epochs, loader.images_per_epoch, train, objective.cost)
     return Training(measured, epochs, cost)
+
+
+def measuring(
+    recipe: Recipe, model: nn.Module, data: PreparedSet, device: torch.device
+) -> Callable[[int], float | None]:
+    """What measures a model after an epoch, where the recipe wants it."""
+
+    def measure(epoch: int) -> float | None:
+        if not recipe.eval.every or epoch % recipe.eval.every:
+            return None
+        split, groups = recipe.eval.split, recipe.eval.groups
+        return evaluate_split(model, data, split, groups, device).metrics.accuracy
+
+    return measure
 
 
 def label(recipe: Recipe) -> str:
@@ -239,12 +257,13 @@ def finish(
         **measured.columns(),
         **dataclasses.asdict(done.cost),
         tau=done.tau,
+        first_stage=done.first_stage,
         set_id=data.set_id,
         index_sha256=data.index_sha256,
         train_loss=done.epochs[-1].loss if done.epochs else None,
         parameters=sum(p.numel() for p in done.model.parameters()),
         images_per_second=images / seconds if done.epochs else None,
-        device=describe(device),
+        device=", then ".join(dict.fromkeys([*done.devices, describe(device)])),
         torch=torch.__version__,
         ltnorm=__version__,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),

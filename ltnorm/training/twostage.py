@@ -5,6 +5,8 @@ is loaded, evaluated and inspected as any other run. The methods are those of Ka
 "Decoupling Representation and Classifier for Long-Tailed Recognition" (arXiv 1910.09217).
 """
 
+import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +14,15 @@ from torch import nn
 
 from ltnorm.console import Output
 from ltnorm.data.prepare import PreparedSet
-from ltnorm.errors import LtnormError
+from ltnorm.errors import LtnormError, UsageError
 from ltnorm.evaluation import posthoc
-from ltnorm.models import classifier
+from ltnorm.models import classifier, replace_classifier
+from ltnorm.norms import norm_layer, norm_layers
+from ltnorm.norms.recalibrate import running_layers
 from ltnorm.recipe import Recipe, Train
 from ltnorm.reporting import schema
-from ltnorm.training.build import build_loader, build_loss, build_objective
+from ltnorm.training import checkpoint
+from ltnorm.training.build import build_loader, build_loss, build_objective, start_bias
 from ltnorm.training.loop import fit
 from ltnorm.training.objective import SinglePath
 from ltnorm.training.run import (
@@ -28,7 +33,10 @@ from ltnorm.training.run import (
     cost_of,
     explained,
     finish,
+    finished_result,
     label,
+    load_run,
+    measuring,
     norm_parameters,
 )
 
@@ -38,78 +46,108 @@ def first_stage(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"retrain": None})
 
 
-def first_result(directory: Path) -> schema.Result:
-    """The result row of a first stage, whose cost is part of the second's.
+@dataclass(frozen=True)
+class FirstStage:
+    """A finished run that a second stage starts from.
+
+    Attributes:
+        trained: its recipe, data and model.
+        result: its result row, whose cost is part of the second's.
+        sha256: of its checkpoint.
+    """
+
+    trained: TrainedRun
+    result: schema.Result
+    sha256: str
+
+
+def load_first(path: Path, root: Path, data_dir: Path, device: str | None = None) -> FirstStage:
+    """Load a finished run.
+
+    Args:
+        path, root, data_dir, device: as `load_run`.
 
     Raises:
-        LtnormError: the run is not finished, or its row is damaged.
+        LtnormError: as `load_run`; or the run is not finished, or its row is of another run.
     """
-    if not schema.finished(directory):
+    file = checkpoint.file_of(path)
+    trained = load_run(path, root, data_dir, device)
+    if not schema.finished(file.parent):
         raise LtnormError(
-            f"{directory} has no {schema.RESULT}: it is not a finished run",
+            f"{file.parent} has no {schema.RESULT}: it is not a finished run",
             "finish it first: `ltnorm train` with the same flags",
         )
-    return schema.read_result(directory / schema.RESULT)
+    result = finished_result(file.parent, trained.recipe, trained.data)
+    if result is None:
+        raise LtnormError(
+            f"{file.parent / schema.RESULT} is not of the run that {file.name} is of",
+            "train the run again: `ltnorm train --force`",
+        )
+    return FirstStage(trained, result, checkpoint.sha256(file))
 
 
-def run(
-    recipe: Recipe, trained: TrainedRun, before: schema.Result, out: Path, output: Output
-) -> schema.Result:
+def check(recipe: Recipe) -> None:
+    """Raises UsageError where the mode of the norm layers has no effect."""
+    if not recipe.retrain or recipe.retrain.norm != "shifted":
+        return
+    if not running_layers(norm_layer(recipe.norm.name, **recipe.norm.options)(8)):
+        raise UsageError(
+            f"retrain.norm: {recipe.norm.name} has no running statistics to shift",
+            "--norm-mode frozen does the same here",
+        )
+
+
+def run(recipe: Recipe, first: FirstStage, out: Path, output: Output) -> schema.Result:
     """Take the second stage of a recipe and write its directory under `out`.
 
     Args:
         recipe: `concrete`, with a `retrain` section.
-        trained: the first stage; its model is changed.
-        before: the result row of the first stage.
+        first: the first stage; its model is changed.
         out, output: where results are written, and what is told meanwhile.
 
     Raises:
+        UsageError: a mode of the norm layers without an effect.
         LtnormError: the run failed: the loss diverged, or its files could not be written.
     """
     assert recipe.retrain
+    trained, before = first.trained, first.result
+    check(recipe)
     with explained(recipe, out):
         directory = claim(recipe, out)
-        if recipe.retrain.trains:
-            done = _retrained(recipe, trained.model, trained.data, trained.device, output)
-        else:
-            done = _computed(recipe, trained.model, trained.data, trained.device)
-        whole = Cost(
-            before.epochs,
-            before.steps,
-            before.images_processed,
-            before.images_backpropagated,
-            before.train_seconds,
+        stage = _retrained if recipe.retrain.trains else _computed
+        done = stage(recipe, trained.model, trained.data, trained.device, output)
+        cost = Cost(**{f.name: getattr(before, f.name) for f in fields(Cost)}) + done.cost
+        whole = replace(
+            done, cost=cost, first_stage=first.sha256, devices=[before.device, *done.devices]
         )
-        done = Training(done.model, done.epochs, whole + done.cost, done.tau)
-        return finish(directory, recipe, trained.data, done, trained.device)
+        return finish(directory, recipe, trained.data, whole, trained.device)
 
 
 def _computed(
-    recipe: Recipe, model: nn.Module, data: PreparedSet, device: torch.device
+    recipe: Recipe, model: nn.Module, data: PreparedSet, device: torch.device, output: Output
 ) -> Training:
-    """tau-norm and ncm: other weights of the classifier, and no bias."""
+    """tau-norm, logit-adjust and ncm: another weight or bias, without training."""
     assert recipe.retrain
-    layer, tau = classifier(model), None
-    if recipe.retrain.method == "ncm":
+    method, tau, start = recipe.retrain.method, recipe.retrain.tau, time.perf_counter()
+    layer, images = classifier(model), 0
+    weight, counts = layer.weight.detach(), data.counts
+    if method == "ncm":
         seen = posthoc.outputs(model, data, "train", device)
-        weight = posthoc.class_means(seen.features, seen.labels, len(data.counts))
+        images += len(seen.labels)
+        layer = posthoc.with_weight(
+            layer, posthoc.class_means(seen.features, seen.labels, len(counts))
+        )
     else:
-        tau = recipe.retrain.tau
-        if tau == "auto":
-            tau = tune_tau_norm(model, data, device)
-        weight = posthoc.tau_normalized(layer.weight.detach(), tau)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        if layer.bias is not None:
-            layer.bias.zero_()
-    return Training(model, [], Cost(), tau)
-
-
-def tune_tau_norm(model: nn.Module, data: PreparedSet, device: torch.device) -> float:
-    """The tau of tau-norm that is best on the validation images."""
-    held = posthoc.outputs(model, data, "val", device)
-    weight = classifier(model).weight.detach().cpu()
-    return posthoc.tune(lambda t: held.features @ posthoc.tau_normalized(weight, t).T, held.labels)
+        if tau is None:
+            held = posthoc.outputs(model, data, "val", device)
+            images += len(held.labels)
+            tau = posthoc.tune(
+                lambda t: posthoc.corrected(layer, method, t, counts)(held.features), held.labels
+            )
+        layer = posthoc.corrected(layer, method, tau, counts)
+    replace_classifier(model, layer.to(weight.device))
+    cost = Cost(images_processed=images, train_seconds=time.perf_counter() - start)
+    return Training(model, [], cost, tau=tau)
 
 
 def _retrained(
@@ -125,35 +163,49 @@ def _retrained(
     scale = _open(objective, recipe)
     objective.to(device=device, memory_format=loader.memory_format)
     with output.training(label(recipe), train.epochs) as progress:
-        undecayed = norm_parameters(model, recipe.norm.name)
-        epochs = fit(objective, loader, train, progress, undecayed=undecayed)
+        epochs = fit(
+            objective,
+            loader,
+            train,
+            progress,
+            undecayed=norm_parameters(model, recipe.norm.name),
+            measure=measuring(recipe, model, data, device),
+        )
     if scale is not None:
         scale.fold()
-    return Training(model, epochs, cost_of(epochs, loader.images_per_epoch, train, objective.cost))
+    forward, backward = objective.cost
+    # Gradients of the classifier alone do not go through the network.
+    passes = forward, backward if recipe.retrain.norm == "adapting" else 0
+    return Training(model, epochs, cost_of(epochs, loader.images_per_epoch, train, passes))
 
 
 def settings(recipe: Recipe) -> Train:
-    """The first stage's settings with the second's budget: cosine from its rate, no warm-up."""
+    """How the second stage trains: by SGD, cosine from its rate, without warm-up.
+
+    Batch size, momentum, weight decay, precision and the augmentation of single images are the
+    first stage's. Images are not mixed, gradients not clipped, weights not averaged.
+    """
     assert recipe.retrain
-    changed = {
-        "epochs": recipe.retrain.epochs,
-        "steps": None,
-        "seconds": None,
-        "lr": recipe.retrain.lr,
-        "schedule": "cosine",
-        "warmup_epochs": 0,
-    }
-    return recipe.train.model_copy(update=changed)
+    first, defaults = recipe.train, Train()
+    kept = ("batch_size", "weight_decay", "decay_norm", "precision")
+    kept += ("crop_padding", "flip", "cutout", "auto_augment")
+    kept += ("momentum", "nesterov") if first.optimizer != "adamw" else ()
+    changed = {key: getattr(first, key) for key in kept}
+    changed |= {"epochs": recipe.retrain.epochs, "lr": recipe.retrain.lr}
+    return defaults.model_copy(update=changed | {"schedule": "cosine", "warmup_epochs": 0})
 
 
 def _objective(stage: Recipe, model: nn.Module, counts: list[int]) -> SinglePath:
     """The norm's own objective where its layers train; one path through frozen ones."""
     assert stage.retrain
     if stage.retrain.norm != "frozen":
-        return build_objective(stage, model, counts)
+        objective = build_objective(stage, model, counts)
+        objective.projector = None  # its weights were not kept
+        objective.in_training = list(norm_layers(model, stage.norm.name).values())
+        return objective
     loss = build_loss(stage.loss, counts)
     objective = SinglePath(model, loss, torch.zeros(len(counts), dtype=torch.int64))
-    objective.in_evaluation = [model]
+    objective.in_training = []
     return objective
 
 
@@ -161,17 +213,20 @@ def _open(objective: SinglePath, recipe: Recipe) -> "ClassScale | None":
     """Fix all weights but those that the second stage trains."""
     assert recipe.retrain
     model = objective.model
+    adapting = []
+    if recipe.retrain.norm == "adapting":
+        adapting = [p for p in norm_parameters(model, recipe.norm.name) if p.requires_grad]
     for parameter in objective.parameters():
         parameter.requires_grad_(False)
-    if recipe.retrain.norm == "adapting":
-        for parameter in norm_parameters(model, recipe.norm.name):
-            parameter.requires_grad_(True)
+    for parameter in adapting:
+        parameter.requires_grad_(True)
     layer = classifier(model)
     if recipe.retrain.method == "lws":
-        objective.class_scale = ClassScale(layer)
+        objective.class_scale = ClassScale(layer)  # a part of it, so that it is trained
         return objective.class_scale
     torch.manual_seed(recipe.seed)
     layer.reset_parameters()
+    start_bias(model, objective.loss)
     for parameter in layer.parameters():
         parameter.requires_grad_(True)
     return None
