@@ -265,6 +265,20 @@ def test_a_second_stage_follows_its_first(ltnorm):
     assert "is finished" in ltnorm(retrain).err
 
 
+def test_a_second_stage_is_dry_run(ltnorm, tmp_path):
+    ltnorm(COMMAND)
+    before = sorted(tmp_path.rglob("*"))
+    answer = ltnorm(f"retrain {RUN} --method crt --norm-mode shifted --dry-run")
+    assert answer.code == 0, answer.err
+    assert "norm: shifted" in answer.out
+    first, second = answer.out.splitlines()[-2:]
+    assert first.startswith(f"{RUN}  ")
+    assert "finished" in first
+    assert second.startswith(f"{RUN.replace('-ce', '-ce-crt-shifted')}  ")
+    assert second.endswith("new")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_copied_run_is_retrained_into_results(ltnorm, failing, tmp_path):
     ltnorm(COMMAND)
     ltnorm(f"{COMMAND} --loss ldam")

@@ -1,4 +1,4 @@
-"""`ltnorm train --dry-run`: what would be run, on how many images, and where."""
+"""`--dry-run` of training: what would be run, on how many images, and where."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -25,19 +25,22 @@ class Planned:
 
 
 def show(
-    recipes: Sequence[Any],
+    planned: Sequence[tuple[Any, Path]],
     root: Path,
     data_dir: Path,
-    out: Path,
     force: bool,
-    pretrained: Path | None,
     output: Output,
+    pretrained: Path | None = None,
 ) -> None:
-    """Print the resolved recipe, the counts, and the directory of each run; write nothing."""
+    """Print the resolved recipe, the counts, and the directory of each run; write nothing.
+
+    `planned` are recipes, each with the tree that its results would go to.
+    """
     from ltnorm.data.prepare import preview
     from ltnorm.training import build
 
-    recipes = [build.concrete(recipe)[0] for recipe in recipes]
+    planned = [(build.concrete(recipe)[0], out) for recipe, out in planned]
+    recipes = [recipe for recipe, _ in planned]
     first = recipes[0]
     known = preview(first.dataset, root, data_dir)
     counts, image_size = known or ([1] * 10, 32)
@@ -47,7 +50,7 @@ def show(
     build_model = partial(
         build.build_model, counts=counts, image_size=image_size, pretrained=pretrained
     )
-    runs = list(_runs(recipes, build_model, out, force))
+    runs = list(_runs(planned, build_model, force))
     output.product(_recipe_text(recipes))
     output.product(_counts_text(first, counts) if known else _unknown_text(first))
     for run in runs:
@@ -62,14 +65,14 @@ def show(
 
 
 def _runs(
-    recipes: Sequence[Any], build_model: Callable[[Any], Any], out: Path, force: bool
+    planned: Sequence[tuple[Any, Path]], build_model: Callable[[Any], Any], force: bool
 ) -> Iterator[Planned]:
     """All runs in their order, the first of two stages before the second."""
     from ltnorm.reporting import schema
     from ltnorm.training.twostage import first_stage
 
     parameters: dict[str, int] = {}
-    for recipe in recipes:
+    for recipe, out in planned:
         for stage in ([first_stage(recipe)] if recipe.retrain else []) + [recipe]:
             fingerprint = stage.fingerprint()
             if fingerprint not in parameters:

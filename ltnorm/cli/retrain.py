@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ltnorm.cli import options, train
+from ltnorm.cli import dryrun, options, train
 from ltnorm.console import Output
 from ltnorm.errors import UsageError
 
@@ -67,6 +67,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where results are written (beside RUN's).")
     ] = None,
+    dry_run: options.DryRun = False,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -87,6 +88,9 @@ def command(
         runs = list(dict.fromkeys(runs))
         recipes = [_recipe(run, flags, set_ or (), device) for run in runs]
         places = [out or _tree(run) for run in runs]
+        if dry_run:
+            dryrun.show(list(zip(recipes, places, strict=True)), root, data_dir, force, output)
+            return
         for place in dict.fromkeys(places):
             schema.check_out(place)
         for run, recipe, place in zip(runs, recipes, places, strict=True):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ltnorm.cli import options
+from ltnorm.cli import dryrun, options
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError, UsageError, did_you_mean
 
@@ -132,9 +132,8 @@ def command(
                 f"--pretrained FILE, whose sha256 is {planned[0].model.pretrained}",
             )
         if dry_run:
-            from ltnorm.cli.dryrun import show
-
-            show(planned, root, data_dir, out, force, pretrained, output)
+            runs = [(recipe, out) for recipe in planned]
+            dryrun.show(runs, root, data_dir, force, output, pretrained)
             return
         schema.check_out(out)
         jobs = _jobs(planned, root, data_dir, out, force, pretrained, output)
