@@ -202,9 +202,11 @@ def test_class_weights_set_in_within_an_epoch_of_a_budget_of_steps(ltnorm):
 
 
 def test_doubtful_settings_are_told_and_run(ltnorm):
-    answer = ltnorm("train --recipe tiny.yaml --epochs 1 --quiet --optimizer adamw --lr 0.1")
+    command = "train --recipe tiny.yaml --epochs 1 --quiet --optimizer adamw --lr 0.1"
+    assert "warm-up" not in ltnorm(command).err
+    answer = ltnorm(f"{command} --set train.warmup_epochs=2")
     assert answer.code == 0
-    assert "warm-up takes all of 1 epochs" in answer.err
+    assert "ends at 0.05 of 0.1" in answer.err
     assert "AdamW mostly takes" in answer.err
 
 

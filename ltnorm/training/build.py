@@ -117,10 +117,10 @@ def build_loader(
 
 def doubts(train: Train) -> Iterator[str]:
     """What can be meant, and mostly is not."""
-    if train.epochs and train.epochs <= train.warmup_epochs:
+    if train.epochs and train.epochs < train.warmup_epochs:
         rate = train.lr * train.epochs / train.warmup_epochs
         yield (
-            f"the warm-up takes all of {train.epochs} epochs, the learning rate ends at {rate:g}: "
+            f"the warm-up outlasts the training: the learning rate ends at {rate:g} of {train.lr:g}, "
             "see train.warmup_epochs"
         )
     if train.optimizer == "adamw" and train.lr >= 0.02:
