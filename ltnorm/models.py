@@ -211,7 +211,7 @@ def cifar_resnet(
     return CifarResNet(int(variant), num_classes, norm)
 
 
-def torchvision_resnet(
+def torchvision_model(
     variant: str,
     num_classes: int,
     image_size: int,
@@ -219,49 +219,28 @@ def torchvision_resnet(
     *,
     stem: Stem = "auto",
 ) -> nn.Module:
-    """A ResNet, ResNeXt or Wide ResNet of torchvision.
+    """A ResNet, ResNeXt, Wide ResNet or MobileNet of torchvision.
 
     Args:
         variant: its name there.
         num_classes: outputs.
         image_size: height of the images.
         norm: channels -> layer; None is torchvision's batch normalization.
-        stem: `imagenet` is the original; `small` begins with a 3x3 convolution without a stride,
-            and without max-pool; `auto` is the one for the image size.
+        stem: `imagenet` is the original; `small` a ResNet that begins with a 3x3 convolution
+            without a stride, and without max-pool, or a MobileNet whose first convolution has lost
+            its stride, its weights keeping their shape; `auto` is the one for the image size.
     """
     import torchvision.models
 
     model = getattr(torchvision.models, variant)(num_classes=num_classes, norm_layer=norm)
-    if _is_small(stem, image_size):
+    if not _is_small(stem, image_size):
+        return model
+    if hasattr(model, "features"):
+        model.features[0][0].stride = (1, 1)
+    else:
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
-    return model
-
-
-def mobilenet(
-    variant: str,
-    num_classes: int,
-    image_size: int,
-    norm: NormLayer | None = None,
-    *,
-    stem: Stem = "auto",
-) -> nn.Module:
-    """A MobileNet of torchvision.
-
-    Args:
-        variant: its name there.
-        num_classes: outputs.
-        image_size: height of the images.
-        norm: channels -> layer; None is torchvision's batch normalization.
-        stem: `imagenet` is the original; `small` takes the stride from the first convolution,
-            whose weights keep their shape; `auto` is the one for the image size.
-    """
-    import torchvision.models
-
-    model = getattr(torchvision.models, variant)(num_classes=num_classes, norm_layer=norm)
-    if _is_small(stem, image_size):
-        model.features[0][0].stride = (1, 1)
     return model
 
 

@@ -210,7 +210,7 @@ MODELS = {
     },
     **{
         name: Entry(
-            "ltnorm.models:torchvision_resnet",
+            "ltnorm.models:torchvision_model",
             f"torchvision {title}, 3x3 stem for small images",
             source,
             variant=name,
@@ -230,7 +230,7 @@ MODELS = {
     },
     **{
         name: Entry(
-            "ltnorm.models:mobilenet",
+            "ltnorm.models:torchvision_model",
             f"torchvision {title}, stem without a stride for small images",
             source,
             variant=name,

@@ -120,8 +120,8 @@ def doubts(train: Train) -> Iterator[str]:
     if train.epochs and train.epochs < train.warmup_epochs:
         rate = train.lr * train.epochs / train.warmup_epochs
         yield (
-            f"the warm-up outlasts the training: the learning rate ends at {rate:g} of {train.lr:g}, "
-            "see train.warmup_epochs"
+            f"the warm-up outlasts the training, the learning rate ends at {rate:g} of "
+            f"{train.lr:g}: see train.warmup_epochs"
         )
     if train.optimizer == "adamw" and train.lr >= 0.02:
         yield f"a learning rate of {train.lr:g} is SGD's; AdamW mostly takes --lr 0.001"
