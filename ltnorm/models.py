@@ -328,7 +328,7 @@ class CosineLinear(nn.Linear):
             self.weight.copy_(F.normalize(self.weight, dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, in_features] -> [N, out_features], in [-scale, scale]; at least float32.
+        """[N, in_features] -> [N, out_features], in [-scale, scale]; autocast is off.
 
         In bf16 logits of 16 to 30 would lie 0.125 apart.
         """

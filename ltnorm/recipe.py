@@ -41,6 +41,7 @@ def _schedule(value: Any) -> Any:
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Tau = Annotated[float, Field(ge=0, le=100)]  # beyond, weights overflow
 # Raised when the default of any option changes, or what an option means.
 IDENTITY = 1
 TRAINING_METHODS = ("crt", "lws")
@@ -233,7 +234,7 @@ class Retrain(Section):
     lr: PositiveFloat = 0.1
     sampler: Sampler = Sampler(name="balanced")
     loss: Loss = Loss()
-    tau: Annotated[NonNegativeFloat | None, BeforeValidator(_auto)] = None
+    tau: Annotated[Tau | None, BeforeValidator(_auto)] = None
     tag: Tag | None = None
 
     @property
@@ -264,7 +265,9 @@ class Recipe(Section):
         that is added later changes no identity. Where a default changes, `IDENTITY` is raised, so
         that what ran with the old one is another experiment (tests/test_identity.py holds that).
         """
-        apart = {"seed": True, "device": True, "eval": {"every"}}
+        apart: dict[str, Any] = {"seed": True, "device": True, "eval": {"every"}}
+        if not self.train.epochs:
+            apart["train"] = {"warmup_epochs"}  # of other budgets it is `warmup`
         named = {"identity": IDENTITY} if IDENTITY > 1 else {}
         return named | _not_default(self, self.model_dump(mode="json", exclude=apart))
 

@@ -119,13 +119,15 @@ def _conflicts(recipe: Recipe) -> Iterator[Mistake]:
         if changed and getattr(train, chosen) not in needed:
             text = f"has no effect with {chosen} {getattr(train, chosen)}"
             yield Mistake(f"train.{key}", text)
-    yield from _loss_conflicts("loss", recipe.loss, train.epochs)
+    unit = "steps" if train.steps else "epochs"
+    yield from _loss_conflicts("loss", recipe.loss, getattr(train, unit), unit)
     if recipe.retrain:
-        yield from _loss_conflicts("retrain.loss", recipe.retrain.loss, recipe.retrain.epochs)
+        epochs = recipe.retrain.epochs
+        yield from _loss_conflicts("retrain.loss", recipe.retrain.loss, epochs, "epochs")
         yield from _retrain_conflicts(recipe, recipe.retrain)
 
 
-def _loss_conflicts(path: str, loss: Loss, epochs: int | None) -> Iterator[Mistake]:
+def _loss_conflicts(path: str, loss: Loss, budget: int | None, unit: str) -> Iterator[Mistake]:
     if loss.name not in registry.LOSSES:
         return
     own = registry.lookup("loss", loss.name).weights
@@ -135,9 +137,9 @@ def _loss_conflicts(path: str, loss: Loss, epochs: int | None) -> Iterator[Mista
     if loss.class_weights == "none" and loss.schedule == "drw":
         text = f"{path}.weights=none leaves nothing to defer"
         yield Mistake(f"{path}.schedule", text, f"leave out {path}.weights, or set it to effective")
-    if loss.schedule == "drw" and epochs and loss.drw_start > (epochs - 1) / epochs + 1e-9:
-        text = f"of {epochs} epochs none starts after {loss.drw_start:.0%} of the training"
-        yield Mistake(f"{path}.drw_start", text, "raise --epochs, or lower the start")
+    if loss.schedule == "drw" and budget and loss.drw_start > (budget - 1) / budget + 1e-9:
+        text = f"of {budget} {unit} none starts after {loss.drw_start:.0%} of the training"
+        yield Mistake(f"{path}.drw_start", text, f"raise --{unit}, or lower the start")
     for key, needed in (
         ("drw_start", loss.schedule == "drw"),
         ("beta", loss.class_weights == "effective"),

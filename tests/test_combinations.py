@@ -120,6 +120,9 @@ def test_norm_parameters_are_those_of_the_norm_layers():
         ({"loss": {"name": "ce", "beta": 0.9}}, "loss.beta"),
         ({"loss": {"name": "ce", "drw_start": 0.5}}, "loss.drw_start"),
         ({"loss": {"schedule": "drw"}, "train": {"epochs": 4}}, "loss.drw_start"),
+        ({"loss": {"schedule": "drw"}, "train": {"steps": 4}}, "loss.drw_start"),
+        ({"train": {"epochs": 4, "warmup": 0.1}}, "train.warmup"),
+        ({"retrain": {"method": "tau-norm", "tau": 1e6}}, "retrain.tau"),
         ({"train": {"schedule": "cosine", "decay": 0.1}}, "train.decay"),
         ({"loss": {"name": "cb", "base": "softmax", "gamma": 2.0}}, "loss.gamma"),
         ({"loss": {"name": "ldam", "tau": 1.0}}, "loss.tau"),
@@ -177,6 +180,7 @@ def test_one_schedule_flag_for_weights_and_rates(ltnorm, failing):
     assert "schedule: step" in answer.out
     assert "did you mean 'cosine'" in failing("train --schedule cosin", code=2)
     assert "contradict" in failing("train --schedule cosine --schedule step", code=2)
+    assert ltnorm("train --recipe smoke --schedule step --schedule multistep --dry-run").code == 0
 
 
 def test_a_budget_takes_the_place_of_the_recipes(ltnorm, failing):
@@ -197,8 +201,9 @@ def test_class_weights_set_in_within_an_epoch_of_a_budget_of_steps(ltnorm):
         return json.loads(ltnorm(command, *flags).out)["runs"][0]["train_loss"]
 
     plain = loss()
-    assert loss("--schedule", "drw", "--set", "loss.drw_start=0.99") == plain
     assert loss("--schedule", "drw", "--set", "loss.drw_start=0.5") != plain
+    answer = ltnorm("train --recipe tiny.yaml --steps 3 --schedule drw --quiet")
+    assert answer.code == 2  # of three steps none starts after four fifths
 
 
 def test_doubtful_settings_are_told_and_run(ltnorm):
@@ -219,5 +224,8 @@ def test_two_names_of_one_experiment_have_one_identity():
     assert fingerprint(loss={"name": "ldam", "weights": "none"}) == fingerprint(
         loss={"name": "ldam"}
     )
+    steps = fingerprint(train={"steps": 7})
+    assert fingerprint(train={"steps": 7, "warmup_epochs": 3}) == steps
+    assert fingerprint(train={"steps": 7, "warmup": 0.3}) != steps
     ordered = {"milestones": [0.5, 0.9]}
     assert fingerprint(train={"milestones": [0.9, 0.5]}) == fingerprint(train=ordered)

@@ -1,3 +1,4 @@
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -261,22 +262,25 @@ def test_a_second_stage_follows_its_first(ltnorm):
     assert ltnorm(f"{retrain} --quiet").code == 0
     assert "is finished" in ltnorm(retrain).err
     ltnorm("train --recipe tiny.yaml --norm bn --seconds 0.2 --quiet --force")
+    assert "of another first stage" in ltnorm(f"{retrain} --dry-run").out
     assert "another first stage" in ltnorm(retrain).err
     assert "is finished" in ltnorm(retrain).err
 
 
-def test_a_second_stage_is_dry_run(ltnorm, tmp_path):
+def test_a_second_stage_is_dry_run(ltnorm, failing, tmp_path):
     ltnorm(COMMAND)
     before = sorted(tmp_path.rglob("*"))
     answer = ltnorm(f"retrain {RUN} --method crt --norm-mode shifted --dry-run")
     assert answer.code == 0, answer.err
     assert "norm: shifted" in answer.out
-    first, second = answer.out.splitlines()[-2:]
-    assert first.startswith(f"{RUN}  ")
-    assert "finished" in first
-    assert second.startswith(f"{RUN.replace('-ce', '-ce-crt-shifted')}  ")
-    assert second.endswith("new")
+    [planned] = [line for line in answer.out.splitlines() if line.startswith("results/")]
+    assert planned.startswith(f"{RUN.replace('-ce', '-ce-crt-shifted')}  ")
+    assert planned.endswith("new")
     assert sorted(tmp_path.rglob("*")) == before
+    command = "train --recipe tiny.yaml --norm gn --set retrain.method=crt --dry-run"
+    assert "no running" in failing(f"{command} --set retrain.norm=shifted --quiet", code=2)
+    stages = ltnorm(command).out.splitlines()[-2:]
+    assert ["-crt/" in line for line in stages] == [False, True]
 
 
 def test_a_copied_run_is_retrained_into_results(ltnorm, failing, tmp_path):
@@ -296,6 +300,8 @@ def test_a_tag_of_the_second_stage_leaves_the_first_alone(ltnorm):
     directory = RUN.replace("-ce", "-ce-ncm-again")
     assert directory in answer.out
     assert "tag again" in answer.out
+    with open(f"{directory}/result.csv") as file:
+        assert next(csv.DictReader(file))["tag"] == "again"
     repeated = ltnorm(f"train --recipe {directory} --dry-run")
     assert f"{RUN}  " in repeated.out
 

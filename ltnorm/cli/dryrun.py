@@ -31,17 +31,21 @@ def show(
     force: bool,
     output: Output,
     pretrained: Path | None = None,
+    firsts: Sequence[Path] | None = None,
 ) -> None:
     """Print the resolved recipe, the counts, and the directory of each run; write nothing.
 
-    `planned` are recipes, each with the tree that its results would go to.
+    `planned` are recipes, each with the tree that its results would go to; `firsts` are the
+    finished runs that their second stages start from, where these are not of that tree.
     """
     from ltnorm.data.prepare import preview
-    from ltnorm.training import build
+    from ltnorm.training import build, twostage
 
     planned = [(build.concrete(recipe)[0], out) for recipe, out in planned]
     recipes = [recipe for recipe, _ in planned]
     first = recipes[0]
+    for recipe in recipes:
+        twostage.check(recipe)
     known = preview(first.dataset, root, data_dir)
     counts, image_size = known or ([1] * 10, 32)
     if known:
@@ -50,7 +54,7 @@ def show(
     build_model = partial(
         build.build_model, counts=counts, image_size=image_size, pretrained=pretrained
     )
-    runs = list(_runs(planned, build_model, force))
+    runs = list(_runs(planned, build_model, force, firsts))
     output.product(_recipe_text(recipes))
     output.product(_counts_text(first, counts) if known else _unknown_text(first))
     for run in runs:
@@ -65,33 +69,50 @@ def show(
 
 
 def _runs(
-    planned: Sequence[tuple[Any, Path]], build_model: Callable[[Any], Any], force: bool
+    planned: Sequence[tuple[Any, Path]],
+    build_model: Callable[[Any], Any],
+    force: bool,
+    firsts: Sequence[Path] | None,
 ) -> Iterator[Planned]:
-    """All runs in their order, the first of two stages before the second."""
+    """All runs in their order, the first of two stages before the second unless it is given."""
     from ltnorm.reporting import schema
     from ltnorm.training.twostage import first_stage
 
     parameters: dict[str, int] = {}
-    for recipe, out in planned:
-        for stage in ([first_stage(recipe)] if recipe.retrain else []) + [recipe]:
+    for i, (recipe, out) in enumerate(planned):
+        stages, first = [recipe], firsts[i] if firsts else None
+        if recipe.retrain and not first:
+            stages.insert(0, first_stage(recipe))
+            first = schema.run_directory(stages[0], out, claim=False)
+        for stage in stages:
             fingerprint = stage.fingerprint()
             if fingerprint not in parameters:
                 weights = build_model(stage).parameters()
                 parameters[fingerprint] = sum(p.numel() for p in weights)
             directory = schema.run_directory(stage, out, claim=False)
-            state = "new"
-            if schema.finished(directory):
-                schema.read_result(directory / schema.RESULT)  # a damaged one would fail the run
-                state = "finished, would be repeated" if force else "finished, would be skipped"
             yield Planned(
                 str(directory),
-                state,
+                _state(directory, first if stage.retrain else None, force),
                 stage.norm.name,
                 stage.retrain.method if stage.retrain else None,
                 stage.seed,
                 fingerprint,
                 parameters[fingerprint],
             )
+
+
+def _state(directory: Path, first: Path | None, force: bool) -> str:
+    from ltnorm.reporting import schema
+    from ltnorm.training.twostage import is_stale
+
+    if not schema.finished(directory):
+        return "new"
+    result = schema.read_result(directory / schema.RESULT)  # a damaged one would fail the run
+    if force:
+        return "finished, would be repeated"
+    if first and is_stale(result, first):
+        return "of another first stage, would be repeated"
+    return "finished, would be skipped"
 
 
 def _recipe_text(recipes: Sequence[Any]) -> str:

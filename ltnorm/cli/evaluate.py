@@ -1,6 +1,5 @@
 """`ltnorm eval`."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +36,9 @@ def command(
     ] = False,
     tau: Annotated[
         float | None,
-        typer.Option("--tau", min=0, help="The tau of --tau-norm (tuned on validation images)."),
+        typer.Option(
+            "--tau", min=0, max=100, help="The tau of --tau-norm (tuned on validation images)."
+        ),
     ] = None,
     logit_adjust: Annotated[
         list[str] | None,
@@ -116,8 +117,8 @@ def _tau(text: str) -> float | None:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < math.inf:
-        raise UsageError(f"--logit-adjust '{text}' is no number from 0", "like 1, or auto")
+    if not 0 <= value <= 100:
+        raise UsageError(f"--logit-adjust '{text}' is no number in 0 .. 100", "like 1, or auto")
     return value
 
 

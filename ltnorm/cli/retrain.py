@@ -89,7 +89,8 @@ def command(
         recipes = [_recipe(run, flags, set_ or (), device) for run in runs]
         places = [out or _tree(run) for run in runs]
         if dry_run:
-            dryrun.show(list(zip(recipes, places, strict=True)), root, data_dir, force, output)
+            planned_runs = list(zip(recipes, places, strict=True))
+            dryrun.show(planned_runs, root, data_dir, force, output, firsts=runs)
             return
         for place in dict.fromkeys(places):
             schema.check_out(place)
@@ -120,6 +121,7 @@ def _recipe(run: Path, flags: dict[str, Any], sets: Sequence[str], device: str |
     chosen = {"device": device} if device else {}
     overrides = Overrides(flags | chosen, sets, [first.norm.name], [first.seed])
     [recipe] = resolve(first.model_dump(), overrides)
+    twostage.check_finished(checkpoint.file_of(run).parent)
     resolve_device(recipe.device)
     twostage.check(recipe)
     return recipe
@@ -150,6 +152,7 @@ def _tree(run: Path) -> Path:
     from ltnorm.reporting.schema import OWNER
 
     directory = (run.parent if run.is_file() else run).resolve()
-    if not (directory.parent / OWNER).is_file():
+    marked = (directory.parent / OWNER).is_file() or directory.name.startswith("seed")
+    if not marked or len(directory.parents) < 3:
         return options.OUT
     return Path(os.path.relpath(directory.parents[2]))

@@ -145,10 +145,10 @@ def _schedules(values: Sequence[str]) -> dict[str, str]:
     for value in values:
         if value not in SCHEDULES:
             raise UsageError(f"unknown schedule '{value}'", did_you_mean(value, SCHEDULES))
-        if flags.setdefault(SCHEDULES[value], value) != value:
-            both = f"{flags[SCHEDULES[value]]} and {value}"
+        key, value = SCHEDULES[value], "step" if value == "multistep" else value
+        if flags.setdefault(key, value) != value:
+            both = f"{flags[key]} and {value}"
             raise UsageError(f"--schedule {both} contradict each other", "leave one of them out")
-        flags[SCHEDULES[value]] = value
     return flags
 
 
@@ -247,13 +247,12 @@ def finished(
     `first` is where the first stage of a second one lies, or its checkpoint.
     """
     from ltnorm.reporting import schema
-    from ltnorm.training import checkpoint
     from ltnorm.training.run import finished_result
+    from ltnorm.training.twostage import is_stale
 
     result = finished_result(directory, recipe, data)
-    file = checkpoint.file_of(first) if first else None
-    if result and file and file.is_file() and result.first_stage != checkpoint.sha256(file):
-        output.warn(f"{directory} is of another first stage than {file}: repeating it")
+    if result and first and is_stale(result, first):
+        output.warn(f"{directory} is of another first stage than {first}: repeating it")
         return None
     if result:
         output.note(f"{directory} is finished; --force repeats it")

@@ -91,7 +91,7 @@ def load(paths: Sequence[Path]) -> tuple[list[schema.Result], list[str]]:
         except LtnormError as error:
             problems.append(error)
             continue
-        key = (result.fingerprint, result.index_sha256, result.seed)
+        key = (result.fingerprint, schema.block_key(result), result.seed)
         first, kept = results.setdefault(key, (file, result))
         if any(getattr(kept, m) != getattr(result, m) for m in schema.METRICS):
             warnings.append(f"{file} repeats {first} with other numbers: only {first} is used")
@@ -280,7 +280,6 @@ def _name(run: pd.Series, settings: Mapping[str, Any]) -> str:
         trains = run["retrain"] in TRAINING_METHODS
         mode = settings.get("retrain.norm", Retrain.model_fields["norm"].default)
         parts += [f"then {run['retrain']}" + (f", norms {mode}" if trains else "")]
-        parts += [f"tag {tag}"] if (tag := settings.get("retrain.tag")) else []
     return " · ".join(parts + ([f"tag {run['tag']}"] if isinstance(run["tag"], str) else []))
 
 

@@ -43,7 +43,10 @@ class Epoch:
 
 def diverged(epoch: int, step: int, loss: float, train: Train) -> LtnormError:
     """The error for a loss that is not finite."""
-    advice = f"lower the learning rate (--lr {train.lr / 2:g}), or raise train.warmup_epochs"
+    warm_up = "warmup_epochs" if train.epochs else "warmup"
+    advice = f"lower the learning rate (--lr {train.lr / 2:g})"
+    if getattr(train, warm_up):  # a second stage has none
+        advice += f", or raise train.{warm_up}"
     if train.precision != "fp32":
         advice += ", or try --precision fp32"
     return LtnormError(f"the loss became {loss} in epoch {epoch}, step {step}", advice)

@@ -333,7 +333,7 @@ def _recipe_columns(recipe: Recipe) -> dict[str, Any]:
         "loss_options": recipe.loss.changes(),
         "sampler": recipe.sampler.name,
         "retrain": recipe.retrain.method if recipe.retrain else None,
-        "tag": recipe.tag,
+        "tag": "-".join(filter(None, [recipe.retrain and recipe.retrain.tag, recipe.tag])) or None,
         "seed": recipe.seed,
         "batch_size": recipe.train.batch_size,
         "lr": recipe.train.lr,

@@ -72,11 +72,7 @@ def load_first(path: Path, root: Path, data_dir: Path, device: str | None = None
     """
     file = checkpoint.file_of(path)
     trained = load_run(path, root, data_dir, device)
-    if not schema.finished(file.parent):
-        raise LtnormError(
-            f"{file.parent} has no {schema.RESULT}: it is not a finished run",
-            "finish it first: `ltnorm train` with the same flags",
-        )
+    check_finished(file.parent)
     result = finished_result(file.parent, trained.recipe, trained.data)
     if result is None:
         raise LtnormError(
@@ -86,6 +82,21 @@ def load_first(path: Path, root: Path, data_dir: Path, device: str | None = None
     return FirstStage(trained, result, checkpoint.sha256(file))
 
 
+def check_finished(directory: Path) -> None:
+    """Raises LtnormError where a run has no result: its cost would be unknown."""
+    if not schema.finished(directory):
+        raise LtnormError(
+            f"{directory} has no {schema.RESULT}: it is not a finished run",
+            "finish it first: `ltnorm train` with the same flags",
+        )
+
+
+def is_stale(result: schema.Result, first: Path) -> bool:
+    """Whether the first stage, a run's directory or checkpoint, was made anew since then."""
+    file = checkpoint.file_of(first)
+    return file.is_file() and result.first_stage != checkpoint.sha256(file)
+
+
 def check(recipe: Recipe) -> None:
     """Raises UsageError where the mode of the norm layers has no effect."""
     if not recipe.retrain or recipe.retrain.norm != "shifted":
@@ -93,7 +104,7 @@ def check(recipe: Recipe) -> None:
     if not running_layers(norm_layer(recipe.norm.name, **recipe.norm.options)(8)):
         raise UsageError(
             f"retrain.norm: {recipe.norm.name} has no running statistics to shift",
-            "--norm-mode frozen does the same here",
+            "frozen does the same here",
         )
 
 
