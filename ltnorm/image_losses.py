@@ -82,25 +82,6 @@ class CrossEntropy(PerImageLoss):
         return logits
 
 
-class BalancedSoftmax(CrossEntropy):
-    """l = CE(z + log n, y)
-
-    Ren et al. 2020, arXiv 2007.10740. The same as `LogitAdjustment` at tau = 1.
-
-    Args:
-        class_counts: n.
-        label_smoothing: as `CrossEntropy`, on the adjusted logits.
-    """
-
-    def __init__(self, class_counts: Sequence[int], *, label_smoothing: Smoothing = 0.0) -> None:
-        super().__init__(class_counts, label_smoothing=label_smoothing)
-        self.shift: Tensor
-        self._constant("shift", _log_prior(class_counts))
-
-    def _adjust(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits + self.shift
-
-
 class LogitAdjustment(CrossEntropy):
     """l = CE(z + tau log pi, y), pi_c = n_c / sum n
 
@@ -125,6 +106,20 @@ class LogitAdjustment(CrossEntropy):
 
     def _adjust(self, logits: Tensor, labels: Tensor) -> Tensor:
         return logits + self.shift
+
+
+class BalancedSoftmax(LogitAdjustment):
+    """l = CE(z + log n, y)
+
+    Ren et al. 2020, arXiv 2007.10740. The same as `LogitAdjustment` at tau = 1.
+
+    Args:
+        class_counts: n.
+        label_smoothing: as `CrossEntropy`, on the adjusted logits.
+    """
+
+    def __init__(self, class_counts: Sequence[int], *, label_smoothing: Smoothing = 0.0) -> None:
+        super().__init__(class_counts, tau=1.0, label_smoothing=label_smoothing)
 
 
 class VectorScaling(CrossEntropy):

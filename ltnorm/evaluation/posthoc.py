@@ -52,16 +52,21 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 def corrected(layer: nn.Linear, method: str, tau: float, class_counts: Sequence[int]) -> nn.Linear:
     """A copy of a classifier, on the CPU, corrected by "tau-norm" or "logit-adjust"."""
-    layer = copy.deepcopy(layer).cpu().requires_grad_(False)
     if method == "tau-norm":
-        return with_weight(layer, tau_normalized(layer.weight.detach(), tau))
+        return _with_weight(layer, tau_normalized(layer.weight.detach(), tau))
+    layer = copy.deepcopy(layer).cpu().requires_grad_(False)
     layer.bias.copy_(adjust_logits(layer.bias, class_counts, tau))
     return layer
 
 
-def with_weight(layer: nn.Linear, weight: Tensor) -> nn.Linear:
-    """A copy of a classifier with other weights [C, D] and without a bias's effect."""
-    layer = copy.deepcopy(layer).requires_grad_(False)
+def nearest_class_mean(layer: nn.Linear, seen: "Outputs") -> nn.Linear:
+    """A copy of a classifier, on the CPU, that takes the nearest class mean of what was seen."""
+    return _with_weight(layer, class_means(seen.features, seen.labels, layer.out_features))
+
+
+def _with_weight(layer: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A copy, on the CPU, with other weights [C, D] and without a bias's effect."""
+    layer = copy.deepcopy(layer).cpu().requires_grad_(False)
     layer.weight.copy_(weight)
     if layer.bias is not None:
         layer.bias.zero_()
@@ -175,10 +180,8 @@ class Corrections:
 
     def ncm(self) -> None:
         """By the nearest class mean, of training images without augmentation."""
-        seen, here = self._of("train"), self._of(self.split)
-        means = class_means(seen.features, seen.labels, len(self.data.counts))
-        layer = with_weight(classifier(self.model), means).cpu()
-        self._add("ncm", layer(here.features))
+        layer = nearest_class_mean(classifier(self.model), self._of("train"))
+        self._add("ncm", layer(self._of(self.split).features))
 
     def _tuned(
         self, tau: float | None, logits: Callable[[Outputs, float], Tensor], flag: str

@@ -140,14 +140,11 @@ def _computed(
     """tau-norm, logit-adjust and ncm: another weight or bias, without training."""
     assert recipe.retrain
     method, tau, start = recipe.retrain.method, recipe.retrain.tau, time.perf_counter()
-    layer, images = classifier(model), 0
-    weight, counts = layer.weight.detach(), data.counts
+    layer, images, counts = classifier(model), 0, data.counts
     if method == "ncm":
         seen = posthoc.outputs(model, data, "train", device)
         images += len(seen.labels)
-        layer = posthoc.with_weight(
-            layer, posthoc.class_means(seen.features, seen.labels, len(counts))
-        )
+        layer = posthoc.nearest_class_mean(layer, seen)
     else:
         if tau is None:
             held = posthoc.outputs(model, data, "val", device)
@@ -156,7 +153,7 @@ def _computed(
                 lambda t: posthoc.corrected(layer, method, t, counts)(held.features), held.labels
             )
         layer = posthoc.corrected(layer, method, tau, counts)
-    replace_classifier(model, layer.to(weight.device))
+    replace_classifier(model, layer.to(device))
     cost = Cost(images_processed=images, train_seconds=time.perf_counter() - start)
     return Training(model, [], cost, tau=tau)
 
