@@ -11,6 +11,7 @@ import pytest
 from ltnorm.data import datasets
 from ltnorm.data.longtail import choose
 from ltnorm.data.prepare import find, prepare, set_id
+from ltnorm.data.source import Raw
 from ltnorm.data.synthetic import synthetic
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.validation import validate
@@ -24,12 +25,12 @@ def spec(**options):
 def test_a_prepared_set_holds_the_chosen_images(tmp_path):
     wanted = spec(ratio=10, train_per_class=50, val=5, data_seed=3)
     made = prepare(wanted, tmp_path, tmp_path / "data")
-    source = synthetic(tmp_path, False, train_per_class=50, test_per_class=5)
-    subset = choose(source.train_labels, 10, 10, val=5, data_seed=3)
+    source = synthetic(Raw(tmp_path), train_per_class=50, test_per_class=5)
+    subset = choose(source.train.labels, 10, 10, val=5, data_seed=3)
     for split, images, labels in (
-        ("train", source.train_images[subset.train], source.train_labels[subset.train]),
-        ("val", source.train_images[subset.val], source.train_labels[subset.val]),
-        ("test", source.test_images, source.test_labels),
+        ("train", source.train.images[subset.train], source.train.labels[subset.train]),
+        ("val", source.train.images[subset.val], source.train.labels[subset.val]),
+        ("test", source.test.images, source.test.labels),
     ):
         found_images, found_labels = made.load(split)
         assert np.array_equal(found_images, images)
@@ -131,17 +132,17 @@ def test_two_may_make_the_same_set_at_once(tmp_path):
 
 def test_synthetic_is_seeded_balanced_and_ambiguous(tmp_path):
     first, again, other = (
-        synthetic(tmp_path, False, train_per_class=20, generator_seed=seed) for seed in (0, 0, 1)
+        synthetic(Raw(tmp_path), train_per_class=20, generator_seed=seed) for seed in (0, 0, 1)
     )
-    assert np.array_equal(first.train_images, again.train_images)
-    assert not np.array_equal(first.train_images, other.train_images)
-    assert first.train_images.shape == (200, 32, 32, 3)
-    assert first.train_images.dtype == np.uint8
-    assert np.bincount(first.test_labels).tolist() == [100] * 10
+    assert np.array_equal(first.train.images, again.train.images)
+    assert not np.array_equal(first.train.images, other.train.images)
+    assert first.train.images.shape == (200, 32, 32, 3)
+    assert first.train.images.dtype == np.uint8
+    assert np.bincount(first.test.labels).tolist() == [100] * 10
     # Nothing of a class shows in first moments: brightness and contrast do not tell classes apart.
-    many = synthetic(tmp_path, False, train_per_class=400)
-    means = many.train_images.reshape(10, 400, -1).mean(axis=(1, 2))
-    spread = many.train_images.reshape(4000, -1).mean(axis=1).std()
+    many = synthetic(Raw(tmp_path), train_per_class=400)
+    means = many.train.images.reshape(10, 400, -1).mean(axis=(1, 2))
+    spread = many.train.images.reshape(4000, -1).mean(axis=1).std()
     assert np.ptp(means) < 5 * spread / np.sqrt(400)
 
 
@@ -180,10 +181,10 @@ def test_pickles_with_code_are_refused(tmp_path):
 def test_cifar10_is_read_as_torchvision_reads_it(real_data, tmp_path):
     from torchvision.datasets import CIFAR10
 
-    ours = datasets.cifar10(real_data, False)
+    ours = datasets.cifar10(Raw(real_data))
     for train, images, labels in (
-        (True, ours.train_images, ours.train_labels),
-        (False, ours.test_images, ours.test_labels),
+        (True, ours.train.images, ours.train.labels),
+        (False, ours.test.images, ours.test.labels),
     ):
         theirs = CIFAR10(str(real_data), train=train)
         assert np.array_equal(images, theirs.data)
@@ -206,7 +207,7 @@ def test_damaged_source_files_are_named(tmp_path):
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
         (folder / name).write_bytes(b"not it")
     with pytest.raises(LtnormError, match=r"data_batch_1 is damaged: md5"):
-        datasets.cifar10(tmp_path, False)
+        datasets.cifar10(Raw(tmp_path))
 
 
 def test_preparing_needs_no_torch(tmp_path):

@@ -1,8 +1,7 @@
-"""The source data sets: each is a function that returns a whole, balanced `Source`.
+"""The balanced data sets that fit in memory: each is a function of `Raw` that returns a `Source`.
 
-A data set's function takes `root` (torchvision's meaning: where the raw files lie), `download`,
-and its own options by keyword. torchvision downloads and checks; the files are then read here
-with numpy alone, since importing torchvision takes longer than reading them.
+torchvision downloads and checks; the files are then read here with numpy alone, since importing
+torchvision takes longer than reading them.
 """
 
 import gzip
@@ -11,12 +10,12 @@ import io
 import pickle
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ltnorm.data.source import Pixels, Raw, Source
 from ltnorm.errors import LtnormError, UsageError
 
 FASHION_CLASSES = [
@@ -24,20 +23,6 @@ FASHION_CLASSES = [
     *("sandal", "shirt", "sneaker", "bag", "boot"),
 ]
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A whole data set in memory: images uint8 [N, H, W, 3], labels int64 [N]."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    classes: list[str]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    checksums: dict[str, str]  # source file -> md5
 
 
 class MissingData(UsageError):
@@ -69,28 +54,23 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _files(
-    name: str,
-    torchvision_class: str,
-    root: Path,
-    folder: Path,
-    files: Iterable[str],
-    download: bool,
+    name: str, torchvision_class: str, raw: Raw, folder: Path, files: Iterable[str]
 ) -> list[Path]:
     """The raw files of a data set; where some are missing torchvision downloads them."""
     paths = [folder / file for file in files]
     missing = [path for path in paths if not path.is_file()]
     if not missing:
         return paths
-    if not download:
+    if not raw.download:
         raise MissingData(name, missing[0])
     import torchvision.datasets
 
     try:
-        getattr(torchvision.datasets, torchvision_class)(str(root), download=True)
+        getattr(torchvision.datasets, torchvision_class)(str(raw.root), download=True)
     except (OSError, RuntimeError) as error:
         raise LtnormError(
-            f"{name} could not be downloaded into {root}: {error}",
-            f"check the network, or put torchvision's files of {torchvision_class} under {root}",
+            f"{name} could not be downloaded into {raw.root}: {error}",
+            f"check the network, or put the files of {torchvision_class} under {raw.root} yourself",
         ) from error
     return paths
 
@@ -107,30 +87,24 @@ def _read(path: Path, expected_md5: str) -> bytes:
     return content
 
 
-def _cifar_arrays(pickles: list[dict[str, Any]], label: str) -> tuple[np.ndarray, np.ndarray]:
+def _cifar_arrays(pickles: list[dict[str, Any]], label: str) -> Pixels:
     flat = np.concatenate([p["data"] for p in pickles])
     images = flat.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     labels = np.concatenate([np.asarray(p[label], dtype=np.int64) for p in pickles])
-    return images, labels
+    return Pixels(images, labels)
 
 
-def _cifar(
-    name: str, root: Path, folder: str, md5s: dict[str, str], download: bool, keys: tuple[str, str]
-) -> Source:
+def _cifar(name: str, raw: Raw, folder: str, md5s: dict[str, str], keys: tuple[str, str]) -> Source:
     """`md5s` lists the training files, then the test file, then the one with the class names."""
-    paths = _files(name, name.upper(), root, root / folder, md5s, download)
+    paths = _files(name, name.upper(), raw, raw.root / folder, md5s)
     *train, test, meta = [
         _PlainUnpickler(io.BytesIO(_read(path, md5s[path.name])), encoding="latin1").load()
         for path in paths
     ]
     label, names = keys
-    train_images, train_labels = _cifar_arrays(train, label)
-    test_images, test_labels = _cifar_arrays([test], label)
     return Source(
-        train_images,
-        train_labels,
-        test_images,
-        test_labels,
+        train=_cifar_arrays(train, label),
+        test=_cifar_arrays([test], label),
         classes=list(meta[names]),
         mean=CIFAR_MEAN,
         std=CIFAR_STD,
@@ -138,7 +112,7 @@ def _cifar(
     )
 
 
-def cifar10(root: Path, download: bool) -> Source:
+def cifar10(raw: Raw) -> Source:
     """CIFAR-10: 5,000 training and 1,000 test images a class, 32x32 (Krizhevsky 2009)."""
     md5s = {
         "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -150,10 +124,10 @@ def cifar10(root: Path, download: bool) -> Source:
         "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
     }
     keys = ("labels", "label_names")
-    return _cifar("cifar10", root, "cifar-10-batches-py", md5s, download, keys)
+    return _cifar("cifar10", raw, "cifar-10-batches-py", md5s, keys)
 
 
-def cifar100(root: Path, download: bool) -> Source:
+def cifar100(raw: Raw) -> Source:
     """CIFAR-100: 500 training and 100 test images a class, 32x32 (Krizhevsky 2009)."""
     md5s = {
         "train": "16019d7e3df5f24257cddd939b257f8d",
@@ -161,10 +135,10 @@ def cifar100(root: Path, download: bool) -> Source:
         "meta": "7973b15100ade9c7d40fb424638fde48",
     }
     keys = ("fine_labels", "fine_label_names")
-    return _cifar("cifar100", root, "cifar-100-python", md5s, download, keys)
+    return _cifar("cifar100", raw, "cifar-100-python", md5s, keys)
 
 
-def fashion_mnist(root: Path, download: bool) -> Source:
+def fashion_mnist(raw: Raw) -> Source:
     """Fashion-MNIST: 6,000 training and 1,000 test images a class, 28x28 grey.
 
     The grey channel is repeated to three (Xiao et al. 2017, arXiv 1708.07747).
@@ -175,16 +149,14 @@ def fashion_mnist(root: Path, download: bool) -> Source:
         "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
         "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
     }
-    folder = root / "FashionMNIST" / "raw"
-    paths = _files("fashion-mnist", "FashionMNIST", root, folder, md5s, download)
+    folder = raw.root / "FashionMNIST" / "raw"
+    paths = _files("fashion-mnist", "FashionMNIST", raw, folder, md5s)
     train_images, train_labels, test_images, test_labels = (
         _read_idx(gzip.decompress(_read(path, md5s[path.name]))) for path in paths
     )
     return Source(
-        np.repeat(train_images[..., None], 3, axis=3),
-        train_labels.astype(np.int64),
-        np.repeat(test_images[..., None], 3, axis=3),
-        test_labels.astype(np.int64),
+        train=Pixels(np.repeat(train_images[..., None], 3, axis=3), train_labels.astype(np.int64)),
+        test=Pixels(np.repeat(test_images[..., None], 3, axis=3), test_labels.astype(np.int64)),
         classes=FASHION_CLASSES,
         mean=(0.2860,) * 3,
         std=(0.3530,) * 3,

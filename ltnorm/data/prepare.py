@@ -11,20 +11,19 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ltnorm import registry
-from ltnorm.data.datasets import MissingData, Source
+from ltnorm.data.datasets import MissingData
 from ltnorm.data.longtail import Subset, choose, report_groups
+from ltnorm.data.source import Images, Pixels, Raw, Source, Split
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.recipe import Dataset
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-
-Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,27 @@ class PreparedSet:
         return self.manifest["image_size"]
 
     @property
+    def mean(self) -> list[float]:
+        """Of the channels of training images, in 0 .. 1."""
+        return self.manifest["mean"]
+
+    @property
+    def std(self) -> list[float]:
+        """Of the channels of training images, in 0 .. 1."""
+        return self.manifest["std"]
+
+    @property
     def splits(self) -> list[str]:
         """The splits that it has: train, test, and perhaps val."""
         return sorted({name.split("_")[0] for name in self.manifest["sha256"]})
 
     def load(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
-        """The images and labels of one split, checked; no other split's files are opened.
+        """The images and labels of one split, checked; no other split's files are opened."""
+        pixels = self.open(split)
+        return pixels.images, pixels.labels
+
+    def open(self, split: Split) -> Images:
+        """The images of one split, checked; no other split's files are opened.
 
         Raises:
             LtnormError: a file is missing or damaged.
@@ -78,7 +92,7 @@ class PreparedSet:
             )
         for name in (images, labels):
             self._check(name)
-        return np.load(self.path / images), np.load(self.path / labels)
+        return Pixels(np.load(self.path / images), np.load(self.path / labels))
 
     def check(self) -> None:
         """Check every file against its sha256.
@@ -163,7 +177,7 @@ def prepare(
     if not force and (found := find(spec, data_dir)):
         return found
     source = registry.load(registry.lookup("dataset", spec.name).target)(
-        root, download, **spec.options
+        Raw(root, download), **spec.options
     )
     arrays, manifest = _cut(spec, source)
     path = data_dir / set_id(spec)
@@ -189,8 +203,8 @@ def preview(spec: Dataset, root: Path, data_dir: Path) -> tuple[list[int], int] 
         return found.counts, found.image_size
     entry = registry.lookup("dataset", spec.name)
     try:
-        source = registry.load(entry.target)(root, False, **spec.options)
-        labels, size = source.train_labels, int(source.train_images.shape[1])
+        source = registry.load(entry.target)(Raw(root), **spec.options)
+        labels, size = source.train.labels, int(source.train.images.shape[1])
     except MissingData:
         if entry.size is None:
             return None
@@ -214,16 +228,16 @@ def _subset(spec: Dataset, labels: np.ndarray, classes: int) -> Subset:
 
 def _cut(spec: Dataset, source: Source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and the manifest of the long-tailed set that `spec` asks for."""
-    subset = _subset(spec, source.train_labels, len(source.classes))
+    subset = _subset(spec, source.train.labels, len(source.classes))
     arrays = {
-        "train_images": source.train_images[subset.train],
-        "train_labels": source.train_labels[subset.train],
-        "test_images": np.ascontiguousarray(source.test_images),
-        "test_labels": source.test_labels,
+        "train_images": source.train.images[subset.train],
+        "train_labels": source.train.labels[subset.train],
+        "test_images": np.ascontiguousarray(source.test.images),
+        "test_labels": source.test.labels,
     }
     if spec.val:
-        arrays["val_images"] = source.train_images[subset.val]
-        arrays["val_labels"] = source.train_labels[subset.val]
+        arrays["val_images"] = source.train.images[subset.val]
+        arrays["val_labels"] = source.train.labels[subset.val]
     scheme, groups = report_groups(subset.counts)
     indices = np.concatenate([subset.train, subset.val]).astype("<i8")
     manifest = {
@@ -235,7 +249,7 @@ def _cut(spec: Dataset, source: Source) -> tuple[dict[str, np.ndarray], dict[str
         "group_scheme": scheme,
         "groups": groups,
         "val_per_class": spec.val,
-        "image_size": int(source.train_images.shape[1]),
+        "image_size": int(source.train.images.shape[1]),
         "mean": list(source.mean),
         "std": list(source.std),
         "source_md5": source.checksums,

@@ -1,18 +1,15 @@
 """Embedded data: procedural textures, so that every command runs without a download."""
 
-from pathlib import Path
-
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
-from ltnorm.data.datasets import Source
+from ltnorm.data.source import Pixels, Raw, Source
 
 WAVES = 4
 
 
 def synthetic(
-    root: Path,
-    download: bool,
+    raw: Raw,
     *,
     classes: PositiveInt = 10,
     image_size: PositiveInt = 32,
@@ -29,7 +26,7 @@ def synthetic(
     model saturates; contrast, brightness and noise have the same distribution in all classes,
     so that nothing is made for any normalization layer.
 
-    `root` and `download` are those of every data set, and not used.
+    `raw` is that of every data set, and not used.
     """
     rng = np.random.default_rng([generator_seed, classes, image_size])
     # Mirrored waves need their own basis columns, so both signs of k_x are listed.
@@ -50,7 +47,7 @@ def synthetic(
     basis = np.concatenate([np.cos(angles), np.sin(angles)], axis=2)
     basis = basis.reshape(2 * classes, 2 * WAVES, image_size**2).astype(np.float32)
 
-    def draw(per_class: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(per_class: int) -> Pixels:
         labels = np.repeat(np.arange(classes), per_class)
         others = (labels + rng.integers(1, max(classes, 2), size=len(labels))) % classes
         strength = rng.uniform(0.1, 1.0, size=(len(labels), 1, 1))
@@ -60,15 +57,11 @@ def synthetic(
         pixels += rng.normal(0, 0.4, size=(len(labels), 1, 3))
         pixels += rng.normal(0, 0.6, size=pixels.shape)
         images = np.clip(127.5 + 40 * pixels, 0, 255).astype(np.uint8)
-        return images.reshape(-1, image_size, image_size, 3), labels.astype(np.int64)
+        return Pixels(images.reshape(-1, image_size, image_size, 3), labels.astype(np.int64))
 
-    train_images, train_labels = draw(train_per_class)
-    test_images, test_labels = draw(test_per_class)
     return Source(
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
+        train=draw(train_per_class),
+        test=draw(test_per_class),
         classes=[f"texture-{i}" for i in range(classes)],
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
