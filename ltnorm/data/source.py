@@ -4,14 +4,19 @@ Such a function takes `Raw`, and its own options by keyword. `ltnorm.data.prepar
 set of what it gives.
 """
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 Split = Literal["train", "val", "test"]
+# Options of sets of files.
+Content = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # sha256 of what the images are
+Size = Annotated[int, Field(ge=8, le=4096)]  # the side of a square image in pixels
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -116,3 +121,24 @@ class Listing:
     layout: str = ""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+
+def printable(name: str) -> str:
+    """`name` as users see it, on one line: what is no text is the replacement character.
+
+    Names of files hold any bytes but two; `os.fsdecode` makes surrogates of those that are no text.
+    """
+    unseen = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, ends of lines
+    return "".join("\ufffd" if unicodedata.category(c) in unseen else c for c in name)
+
+
+def class_names(names: list[str]) -> list[str]:
+    """Names for classes: printable, and as different from each other as `names` are."""
+    shown: dict[str, None] = {}  # keeps its order
+    for name in names:
+        new, count = printable(name), 1
+        while new in shown:
+            count += 1
+            new = f"{printable(name)} ({count})"
+        shown[new] = None
+    return list(shown)
