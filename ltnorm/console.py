@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -81,6 +81,29 @@ class Output:
         )
         with progress:
             yield TrainingProgress(self, progress, label, epochs, live)
+
+    @contextmanager
+    def counting(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Something done to many things: a bar on a terminal, a line otherwise.
+
+        Gives a function that is told how many are done.
+        """
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        live = self.err.is_terminal and not self.quiet
+        if not live:
+            self.note(f"{label}: {total:,}")
+        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
+        text = TextColumn("{task.description}", markup=False)
+        with Progress(text, *columns, console=self.err, disable=not live, expand=True) as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda done: progress.update(task, completed=done)
 
 
 class TrainingProgress:

@@ -7,6 +7,7 @@ run anywhere.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -84,16 +85,48 @@ class NamedSection(Section):
 
 
 class Dataset(NamedSection):
-    """Which images: the source and how its classes are cut to a long tail."""
+    """Which images: the source and how its classes are cut to a long tail.
+
+    The profile `natural` cuts nothing. It is what data sets start from that are imbalanced by
+    nature; where a ratio is asked of them, their most frequent class is the head.
+    """
 
     kind = "dataset"
     name: str = "synthetic"
-    profile: Literal["exp", "step", "pareto"] = "exp"
-    ratio: Annotated[float, Field(ge=1)] = 100.0
+    profile: Literal["exp", "step", "pareto", "natural"] = "exp"
+    ratio: Annotated[float, Field(ge=1)] | None = 100.0
     n_max: PositiveInt | None = None
     val: NonNegativeInt = 0
-    class_order: Literal["label", "reversed", "seeded"] = "label"
+    class_order: Literal["label", "reversed", "seeded", "frequency"] = "label"
     data_seed: RandomSeed = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_is(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        entry = registry.DATASETS.get(data.get("name"))
+        natural = entry is not None and entry.natural
+        if "profile" not in data and natural and data.get("ratio") is None:
+            data = {**data, "profile": "natural"}
+        if data.get("profile") == "natural":
+            return {"ratio": None} | data
+        return {"class_order": "frequency"} | data if natural else data
+
+    @property
+    def title(self) -> str:
+        """What the data set is called: a folder by its own name."""
+        return self.options.get("title") or self.name
+
+    @property
+    def slug(self) -> str:
+        """The title as a part of a file's name."""
+        return re.sub(r"[^\w.+-]+", "-", self.title).strip("-.") or self.name
+
+    @property
+    def cut(self) -> str:
+        """The profile and the ratio in a word, as `exp100`."""
+        return self.profile + (f"{self.ratio:.12g}" if self.ratio is not None else "")
 
 
 class Model(NamedSection):

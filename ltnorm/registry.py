@@ -13,12 +13,17 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from ltnorm.errors import UsageError, did_you_mean
 
 if typing.TYPE_CHECKING:
     from pydantic import BaseModel
+
+
+# Where raw data lies, or is downloaded to, unless the user says where.
+DEFAULT_ROOT = Path("data/raw")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Entry:
         recipe: the recipe that `ltnorm train --dataset NAME` starts from.
         size: of a data set, classes, training images a class and image height, where they are
             known before the data is there.
+        natural: of a data set, whether its imbalance is kept unless a ratio is asked for.
     """
 
     target: str
@@ -48,6 +54,7 @@ class Entry:
     check: str = ""
     recipe: str = "cifar10-lt"
     size: tuple[int, int, int] | None = None
+    natural: bool = False
 
 
 _BN = "Ioffe & Szegedy 2015, arXiv 1502.03167"

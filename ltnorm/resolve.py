@@ -16,6 +16,9 @@ from ltnorm.errors import UsageError, did_you_mean
 from ltnorm.recipe import BUDGETS, Recipe
 from ltnorm.validation import KINDS, NAMED, Mistake, common_fields, report, try_validate
 
+# How the classes of a data set are cut.
+CUT = ("profile", "ratio", "n_max", "class_order")
+
 
 @dataclass
 class Overrides:
@@ -48,7 +51,9 @@ def resolve(
     sets = [(key, value) for key, value in sets if key not in ("norm.name", "seed")]
 
     mistakes: list[Mistake] = []
-    for given in ([key for key, _ in sets], list(overrides.flags)):
+    for given in (dict(sets), overrides.flags):
+        if given.get("dataset.profile") == "natural" and given.get("dataset.ratio") is not None:
+            mistakes.append(Mistake("dataset.ratio", "has no effect with profile natural"))
         if len(budgets := [k for k in BUDGETS if f"train.{k}" in given]) > 1:
             text = f"one budget is enough, not {' and '.join(budgets)}"
             mistakes.append(Mistake(f"train.{budgets[-1]}", text))
@@ -146,10 +151,27 @@ def _put(data: dict[str, Any], path: str, value: Any) -> None:
     if last == "name" and section in NAMED and node.get("name", value) != value:
         for key in set(node) - common_fields(section):
             del node[key]
-    if section == "train" and last in BUDGETS:
-        for key in BUDGETS:
-            node.pop(key, None)
+    for key in _contradicted(section, last, value, node):
+        node.pop(key, None)
     node[last] = value
+
+
+def _contradicted(section: str, key: str, value: Any, node: Mapping[str, Any]) -> Sequence[str]:
+    """The keys of a section that a new value of one of them makes void."""
+    if section == "train" and key in BUDGETS:
+        return BUDGETS
+    if section != "dataset":
+        return ()
+    if key == "name" and _is_natural(value) != _is_natural(node.get("name")):
+        return CUT
+    if key == "profile" and value == "natural":
+        return CUT
+    return CUT if key in ("ratio", "n_max") and node.get("profile") == "natural" else ()
+
+
+def _is_natural(name: Any) -> bool:
+    entry = registry.DATASETS.get(name)
+    return entry is not None and entry.natural
 
 
 def recipes_folder() -> Path:

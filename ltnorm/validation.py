@@ -102,10 +102,16 @@ def _fill(data: dict[str, Any], path: str, mistakes: list[Mistake]) -> None:
 
 def _conflicts(recipe: Recipe) -> Iterator[Mistake]:
     """What is right by itself and wrong together, or without effect: a second name of one run."""
-    train = recipe.train
-    if recipe.eval.split == "val" and recipe.dataset.val == 0:
+    train, dataset = recipe.train, recipe.dataset
+    own_splits = "content" in dataset.options  # of which one may be val
+    if recipe.eval.split == "val" and dataset.val == 0 and not own_splits:
         text = "'val' needs held-out images: set dataset.val (--val N) above 0"
         yield Mistake("eval.split", text)
+    for key, unset in (("ratio", None), ("n_max", None), ("class_order", "label")):
+        if dataset.profile == "natural" and getattr(dataset, key) != unset:
+            yield Mistake(f"dataset.{key}", "has no effect with profile natural")
+    if dataset.profile != "natural" and dataset.ratio is None:
+        yield Mistake("dataset.ratio", f"profile {dataset.profile} needs one")
     if given := [key for key in BUDGETS if getattr(train, key) is not None][1:]:
         text = f"one budget is enough: epochs, steps or seconds, not {' and '.join(given)} as well"
         yield Mistake(f"train.{given[0]}", text)

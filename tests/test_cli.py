@@ -118,7 +118,7 @@ def test_files_that_cannot_be_read(failing, ltnorm, tmp_path, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("ltnorm.data.prepare._sha256", denied)
+    monkeypatch.setattr("ltnorm.data.prepared.sha256", denied)
     text = failing("prepare --recipe tiny.yaml --quiet", code=1)
     assert "Permission denied" in text
     assert "images.npy" in text

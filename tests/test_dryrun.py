@@ -61,12 +61,12 @@ def test_counts_are_known_before_the_data_is_there(tmp_path, name, n_max):
     spec = validate({"dataset": {"name": name, "ratio": 50, "class_order": "reversed"}}).dataset
     with pytest.raises(MissingData):
         prepare(spec, tmp_path, tmp_path)
-    counts, size = preview(spec, tmp_path, tmp_path)
+    known = preview(spec, tmp_path, tmp_path)
     classes = registry.DATASETS[name].size[0]
-    assert counts == long_tail_counts(n_max, classes, 50)[::-1]
-    assert size == 32
+    assert known.counts == long_tail_counts(n_max, classes, 50)[::-1]
+    assert (known.image_size, known.splits) == (32, ["train", "test"])
     held = validate({"dataset": {"name": name, "ratio": 50, "val": 20}}).dataset
-    assert preview(held, tmp_path, tmp_path)[0] == long_tail_counts(n_max - 20, classes, 50)
+    assert preview(held, tmp_path, tmp_path).counts == long_tail_counts(n_max - 20, classes, 50)
 
 
 def test_sizes_of_the_registry_are_those_of_the_data(real_data, tmp_path):
@@ -74,7 +74,7 @@ def test_sizes_of_the_registry_are_those_of_the_data(real_data, tmp_path):
     expected = preview(spec, tmp_path, tmp_path)
     assert preview(spec, real_data, tmp_path) == expected
     made = prepare(spec, real_data, tmp_path)
-    assert (made.counts, made.image_size) == expected
+    assert (made.counts, made.image_size) == (expected.counts, expected.image_size)
 
 
 def test_what_is_printed_is_what_is_run(ltnorm, tmp_path):

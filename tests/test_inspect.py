@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ltnorm import registry
-from ltnorm.data.prepare import PreparedSet
+from ltnorm.data.prepared import PreparedSet
 from ltnorm.evaluation import evaluate
 from ltnorm.evaluation.inspection import Inspector, choose, without_affine
 from ltnorm.norms import norm_layer

@@ -10,7 +10,9 @@ import pytest
 
 from ltnorm.data import datasets
 from ltnorm.data.longtail import choose
-from ltnorm.data.prepare import find, prepare, set_id
+from ltnorm.data.making import Making
+from ltnorm.data.prepare import prepare
+from ltnorm.data.prepared import find, set_id
 from ltnorm.data.source import Raw
 from ltnorm.data.synthetic import synthetic
 from ltnorm.errors import LtnormError, UsageError
@@ -32,10 +34,10 @@ def test_a_prepared_set_holds_the_chosen_images(tmp_path):
         ("val", source.train.images[subset.val], source.train.labels[subset.val]),
         ("test", source.test.images, source.test.labels),
     ):
-        found_images, found_labels = made.load(split)
-        assert np.array_equal(found_images, images)
-        assert np.array_equal(found_labels, labels)
-    assert made.counts == subset.counts == np.bincount(made.load("train")[1]).tolist()
+        found = made.open(split)
+        assert np.array_equal(found.images, images)
+        assert np.array_equal(found.labels, labels)
+    assert made.counts == subset.counts == np.bincount(made.open("train").labels).tolist()
     indices = np.concatenate([subset.train, subset.val])
     assert made.index_sha256 == hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
     assert [p.name for p in (tmp_path / "data").iterdir()] == [made.path.name]
@@ -81,7 +83,7 @@ def test_damage_is_found_and_named(tmp_path, file, how):
     with pytest.raises(LtnormError, match=file) as error:
         made.check()
     assert "--force" in error.value.hint
-    assert prepare(spec(n_max=20, ratio=2), tmp_path, tmp_path, force=True).check() is None
+    assert prepare(spec(n_max=20, ratio=2), tmp_path, tmp_path, Making(force=True)).check() is None
 
 
 def test_a_changed_manifest_is_refused(tmp_path):
@@ -116,10 +118,10 @@ def test_only_the_split_asked_for_is_opened(tmp_path):
     made = prepare(spec(n_max=20, ratio=2, val=3), tmp_path, tmp_path)
     for file in made.path.glob("test_*"):
         file.unlink()
-    made.load("train")
-    made.load("val")
+    made.open("train")
+    made.open("val")
     with pytest.raises(LtnormError, match="test_images"):
-        made.load("test")
+        made.open("test")
 
 
 def test_two_may_make_the_same_set_at_once(tmp_path):
@@ -196,7 +198,7 @@ def test_cifar10_lt_on_real_data(real_data, tmp_path):
     wanted = validate({"dataset": {"name": "cifar10"}}).dataset
     made = prepare(wanted, real_data, tmp_path)
     assert made.counts == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
-    assert len(made.load("test")[1]) == 10000
+    assert len(made.open("test")) == 10000
     manifest = json.loads((made.path / "manifest.json").read_text())
     assert manifest["source_md5"]["test_batch"] == "40351d587109b95175f43aff81a1287e"
 
@@ -268,15 +270,15 @@ def mirror(tmp_path, monkeypatch):
 
 def test_prepare_downloads_what_is_missing(tmp_path, mirror):
     wanted = validate({"dataset": {"name": "fashion-mnist", "ratio": 2}}).dataset
-    made = prepare(wanted, tmp_path / "raw", tmp_path / "data", download=True)
-    images, labels = made.load("train")
+    made = prepare(wanted, tmp_path / "raw", tmp_path / "data", Making(download=True))
+    train = made.open("train")
     assert made.counts[0] == 6
-    assert images.shape == (sum(made.counts), 28, 28, 3)
-    assert np.array_equal(images[:, 0, 0, 0], labels)
+    assert train.images.shape == (sum(made.counts), 28, 28, 3)
+    assert np.array_equal(train.images[:, 0, 0, 0], train.labels)
     # What is there is not downloaded again.
     for file in mirror.iterdir():
         file.unlink()
-    prepare(wanted, tmp_path / "raw", tmp_path / "data", download=True, force=True)
+    prepare(wanted, tmp_path / "raw", tmp_path / "data", Making(download=True, force=True))
 
 
 def test_a_failed_download_is_told(tmp_path, mirror):
@@ -284,7 +286,7 @@ def test_a_failed_download_is_told(tmp_path, mirror):
         file.unlink()
     wanted = validate({"dataset": {"name": "fashion-mnist"}}).dataset
     with pytest.raises(LtnormError, match="could not be downloaded") as error:
-        prepare(wanted, tmp_path / "raw", tmp_path / "data", download=True)
+        prepare(wanted, tmp_path / "raw", tmp_path / "data", Making(download=True))
     assert "network" in error.value.hint
     assert error.value.exit_code == 1
 

@@ -42,15 +42,16 @@ def show(
     from ltnorm.training import build, twostage
 
     planned = [(build.concrete(recipe)[0], out) for recipe, out in planned]
+    known = preview(planned[0][0].dataset, root, data_dir)
+    counts, image_size = (known.counts, known.image_size) if known else ([1] * 10, 32)
+    if known:
+        planned = [(r.model_copy(update={"dataset": known.spec}), out) for r, out in planned]
     recipes = [recipe for recipe, _ in planned]
     first = recipes[0]
     for recipe in recipes:
         twostage.check(recipe)
-    known = preview(first.dataset, root, data_dir)
-    counts, image_size = known or ([1] * 10, 32)
-    if known:
-        for recipe in recipes:
-            build.check(recipe, counts, ["train", "test", *(["val"] if first.dataset.val else [])])
+        if known:
+            build.check(recipe, counts, known.splits)
     build_model = partial(
         build.build_model, counts=counts, image_size=image_size, pretrained=pretrained
     )

@@ -7,24 +7,33 @@ from typing import Annotated, Any
 import typer
 
 from ltnorm.errors import UsageError
+from ltnorm.registry import DEFAULT_ROOT, lookup
 
 Dataset = Annotated[
     str | None, typer.Option("--dataset", help="Data set; see `ltnorm list datasets`.")
 ]
 Ratio = Annotated[float | None, typer.Option("--ratio", help="Largest class over smallest.")]
 Profile = Annotated[
-    str | None, typer.Option("--profile", help="Shape of the tail: exp, step or pareto.")
+    str | None, typer.Option("--profile", help="Shape of the tail: exp, step, pareto or natural.")
 ]
 NMax = Annotated[int | None, typer.Option("--n-max", help="Images of the largest class (all).")]
 Val = Annotated[int | None, typer.Option("--val", help="Hold out N images a class for validation.")]
 ClassOrder = Annotated[
     str | None,
-    typer.Option("--class-order", help="Which class is the head: label, reversed, seeded."),
+    typer.Option("--class-order", help="The head: by label, reversed, seeded or frequency."),
 ]
 DataSeed = Annotated[int | None, typer.Option("--data-seed", help="Seed of which images are kept.")]
 Groups = Annotated[
     str | None,
     typer.Option("--groups", help="How classes are reported: auto, shots or thirds."),
+]
+Name = Annotated[str | None, typer.Option("--name", help="What a folder is called (its own name).")]
+CacheSize = Annotated[
+    int | None,
+    typer.Option("--cache-size", help="Decode files once, to squares of so many pixels."),
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", help="Processes that decode files (one a core).")
 ]
 Root = Annotated[Path, typer.Option("--root", help="Where the raw data lies or is downloaded to.")]
 DataDir = Annotated[Path, typer.Option("--data-dir", help="Where prepared sets lie.")]
@@ -62,6 +71,8 @@ RECIPE_FLAGS = {
     "val": "dataset.val",
     "class_order": "dataset.class_order",
     "data_seed": "dataset.data_seed",
+    "name": "dataset.title",
+    "cache_size": "dataset.cache_size",
     "groups": "eval.groups",
     "eval_split": "eval.split",
     "model": "model.name",
@@ -77,7 +88,7 @@ RECIPE_FLAGS = {
     "tag": "tag",
     "device": "device",
 }
-ROOT, DATA_DIR, OUT = Path("data/raw"), Path("data"), Path("results")
+ROOT, DATA_DIR, OUT = DEFAULT_ROOT, Path("data"), Path("results")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -110,8 +121,6 @@ def recipe_flags(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def default_recipe(dataset: str | None, sets: Sequence[str]) -> str:
     """The recipe that training starts from when none is named: that of the data set."""
-    from ltnorm import registry
-
     named = [item.partition("=")[2] for item in sets if item.startswith("dataset.name=")]
     dataset = named[-1] if named else dataset
-    return registry.lookup("dataset", dataset or "synthetic").recipe
+    return lookup("dataset", dataset or "synthetic").recipe

@@ -91,6 +91,8 @@ def command(
     class_order: options.ClassOrder = None,
     data_seed: options.DataSeed = None,
     groups: options.Groups = None,
+    name: options.Name = None,
+    cache_size: options.CacheSize = None,
     root: options.Root = options.ROOT,
     data_dir: options.DataDir = options.DATA_DIR,
     out: options.Out = options.OUT,
@@ -220,6 +222,7 @@ def _jobs(
     output: Output,
 ) -> list[Job]:
     """What is to be run, checked as far as it can be before it starts."""
+    from ltnorm.data.making import Making
     from ltnorm.data.prepare import prepare
     from ltnorm.training import build, twostage
     from ltnorm.training.run import label
@@ -229,14 +232,16 @@ def _jobs(
     output.note(f"precision {first.train.precision}: {reason}")
     for warning in build.doubts(first.train):
         output.warn(warning)
-    data = prepare(planned[0].dataset, root, data_dir)
-    for recipe, _ in resolved:
+    making = Making(tell=output.note, counting=output.counting)
+    data = prepare(first.dataset, root, data_dir, making)
+    recipes = [recipe.model_copy(update={"dataset": data.spec}) for recipe, _ in resolved]
+    for recipe in recipes:
         build.check(recipe, data.counts, data.splits)
-    for recipe in {recipe.norm.name: recipe for recipe, _ in resolved}.values():
+    for recipe in {recipe.norm.name: recipe for recipe in recipes}.values():
         build.build_model(recipe, data.counts, data.image_size, pretrained)
         twostage.check(recipe)
     runner = Runner(data, root, data_dir, out, force, output, pretrained)
-    return [Job(label(recipe), partial(runner.run, recipe)) for recipe, _ in resolved]
+    return [Job(label(recipe), partial(runner.run, recipe)) for recipe in recipes]
 
 
 def finished(

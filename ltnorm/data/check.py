@@ -35,7 +35,7 @@ _CHUNK = 256
 _FEW = 2 * _CHUNK  # starting processes takes longer than these
 _stop = ctypes.c_byte(0)  # of a worker: set by the parent, in memory that they share
 _LEAVES = "leaves the root"
-_MISSING = "is missing"
+MISSING = "is missing"
 _CHANGED = "has changed"
 _FILE = np.dtype(
     [
@@ -50,7 +50,7 @@ _FILE = np.dtype(
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` found of N files; where a file is bad, -1 and zeros.
+    """What `check` found of N files; of a file that cannot be read, -1 and zeros.
 
     Attributes:
         size: bytes, int64 [N].
@@ -156,7 +156,7 @@ def changed(
         LtnormError: a worker process was killed.
     """
     now, when = stat(root, paths)
-    wrong = {int(i): _MISSING for i in np.flatnonzero(now < 0)}
+    wrong = {int(i): MISSING for i in np.flatnonzero(now < 0)}
     wrong |= {int(i): _CHANGED for i in np.flatnonzero((now >= 0) & (now != size))}
     touched = np.flatnonzero((now == size) & (when != mtime_ns))
     work = partial(_hash_chunk, os.fsencode(root))
@@ -182,23 +182,24 @@ def cores() -> int:
 def _check_chunk(root: bytes, paths: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
     """The `_FILE`s of a chunk, and what is wrong by index. `root` is a real path."""
     files = np.zeros(len(paths), _FILE)
+    files["size"] = files["mtime_ns"] = -1
     errors = {}
     for i, path in enumerate(_until_stopped(paths)):
         try:
-            files[i] = _check_file(root, path)
+            _check_file(os.path.join(root, path), root, files[i])
         except BadImage as error:
-            files[i]["size"] = files[i]["mtime_ns"] = -1
             errors[i] = str(error)
     return files, errors
 
 
-def _check_file(root: bytes, path: bytes) -> tuple[int, int, int, int, np.ndarray]:
-    full = os.path.join(root, path)
-    if not _inside(root, full):
+def _check_file(path: bytes, root: bytes, found: np.void) -> None:
+    """Fill in what is found of a file, as far as it gets."""
+    if not _inside(root, path):
         raise BadImage(_LEAVES)
-    content, status = decode.read(full)
-    width, height = decode.displayed_size(content)
-    return len(content), status.st_mtime_ns, width, height, _sha256(content)
+    content, status = decode.read(path)
+    found["size"], found["mtime_ns"] = len(content), status.st_mtime_ns
+    found["digest"] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+    found["width"], found["height"] = decode.displayed_size(content)
 
 
 def _decode_chunk(

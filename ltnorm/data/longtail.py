@@ -4,15 +4,17 @@ The conventions are those of LDAM-DRW (Cao et al. 2019, arXiv 1906.07413), so th
 here holds the same images as the one behind most published CIFAR-LT numbers.
 """
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from ltnorm.errors import UsageError
 
 Profile = Literal["exp", "step", "pareto"]
-ClassOrder = Literal["label", "reversed", "seeded"]
+ClassOrder = Literal["label", "reversed", "seeded", "frequency"]
 GroupScheme = Literal["auto", "shots", "thirds"]
 
 GROUP_NAMES = ("head", "medium", "tail")
@@ -40,16 +42,9 @@ def long_tail_counts(
             f"ratio must be at least 1, got {ratio:g}",
             "ratio is the largest class over the smallest",
         )
-    ranks = [i / (num_classes - 1) for i in range(num_classes)]
-    if profile == "exp":
-        counts = [_truncate(n_max * (1 / ratio) ** t) for t in ranks]
-    elif profile == "step":
-        half = num_classes // 2
-        counts = [int(n_max)] * half + [_truncate(n_max / ratio)] * (num_classes - half)
-    elif profile == "pareto":
-        counts = [_truncate(n_max * (1 + t * (ratio ** (1 / 6) - 1)) ** -6) for t in ranks]
-    else:
+    if profile not in get_args(Profile):
         raise UsageError(f"unknown profile '{profile}'", "choose from exp, step, pareto")
+    counts = _profile(n_max, num_classes, ratio, profile)
     if empty := counts.count(0):
         raise UsageError(
             f"profile {profile} at ratio {ratio:g} and n_max {n_max} leaves {empty} of "
@@ -59,17 +54,49 @@ def long_tail_counts(
     return counts
 
 
+def _profile(n_max: int, num_classes: int, ratio: float, profile: Profile) -> list[int]:
+    """The counts of a profile, which may leave classes empty."""
+    ranks = [i / (num_classes - 1) for i in range(num_classes)]
+    if profile == "step":
+        half = num_classes // 2
+        return [int(n_max)] * half + [_truncate(n_max / ratio)] * (num_classes - half)
+    if profile == "pareto":
+        return [_truncate(n_max * (1 + t * (ratio ** (1 / 6) - 1)) ** -6) for t in ranks]
+    return [_truncate(n_max * (1 / ratio) ** t) for t in ranks]
+
+
+def largest_n_max(available: Sequence[int], ratio: float, profile: Profile = "exp") -> int:
+    """The largest n_max of a profile for which the data has enough images.
+
+    `available` are the images of each class by frequency rank, the head first. Where all classes
+    have as many, that is their number.
+    """
+
+    def fits(n_max: int) -> bool:
+        counts = _profile(n_max, len(available), ratio, profile)
+        return all(n <= most for n, most in zip(counts, available, strict=True))
+
+    return bisect_left(range(1, available[0] + 1), True, key=lambda n_max: not fits(n_max))
+
+
 def _truncate(x: float) -> int:
     """int(x), but 49.999999999 is 50: a rounding error must not cost an image of the tail."""
     return int(x * (1 + 1e-9))
 
 
-def class_ranks(num_classes: int, order: ClassOrder = "label", data_seed: int = 0) -> np.ndarray:
-    """The frequency rank of each class, [C]: 0 is the head.
+def class_ranks(
+    sizes: Sequence[int], order: ClassOrder = "label", data_seed: int = 0
+) -> np.ndarray:
+    """The frequency rank of each class, [C]: 0 is the head. `sizes` are their images.
 
     By convention rank and label are the same; `reversed` and `seeded` untie the tail from
-    particular classes.
+    particular classes. `frequency` makes the class of most images the head.
     """
+    num_classes = len(sizes)
+    if order == "frequency":
+        ranks = np.empty(num_classes, np.int64)
+        ranks[frequency_order(sizes)] = np.arange(num_classes)
+        return ranks
     if order == "reversed":
         return np.arange(num_classes)[::-1].copy()
     if order == "seeded":
@@ -89,9 +116,9 @@ class Subset:
 def choose(
     labels: np.ndarray,
     num_classes: int,
-    ratio: float,
+    ratio: float | None,
     *,
-    profile: Profile = "exp",
+    profile: Profile | Literal["natural"] = "exp",
     n_max: int | None = None,
     val: int = 0,
     order: ClassOrder = "label",
@@ -101,7 +128,7 @@ def choose(
 
     One legacy numpy RandomState(data_seed) shuffles the indices of each class, in label order;
     the last `val` are held out, then the first n_i are kept. So the sets of one data_seed are
-    nested across ratios, and with val = 0 they are LDAM-DRW's.
+    nested across ratios, and with val = 0 they are LDAM-DRW's. `natural` keeps all, as they come.
 
     Raises:
         UsageError: n_max or val above what the data has, or a profile with an empty class.
@@ -118,23 +145,58 @@ def choose(
             f"val {val} leaves no training image: the smallest class has {smallest}",
             f"--val can be at most {smallest - 1}",
         )
-    left = smallest - val
-    if n_max is not None and n_max > left:
-        held = f" after {val} held out for validation" if val else ""
-        raise UsageError(
-            f"n_max {n_max} is more than the data has: {left} images a class{held}",
-            f"--n-max can be at most {left}; leave it out to use all",
-        )
-    by_rank = long_tail_counts(n_max or left, num_classes, ratio, profile)
-    counts = [by_rank[rank] for rank in class_ranks(num_classes, order, data_seed)]
+    left = [len(indices) - val for indices in shuffled]
+    if profile == "natural":
+        kept = [np.sort(s[:n]) for s, n in zip(shuffled, left, strict=True)]
+        counts = left
+    else:
+        assert ratio is not None
+        counts = _imposed(left, ratio, profile, n_max, class_ranks(left, order, data_seed))
+        kept = [s[:n] for s, n in zip(shuffled, counts, strict=True)]
     return Subset(
-        train=np.concatenate([s[:n] for s, n in zip(shuffled, counts, strict=True)]),
+        train=np.concatenate(kept),
         val=np.concatenate([s[len(s) - val :] for s in shuffled]),
         counts=counts,
     )
 
 
-def _frequency_order(counts: list[int]) -> np.ndarray:
+def _imposed(
+    left: list[int], ratio: float, profile: Profile, n_max: int | None, ranks: np.ndarray
+) -> list[int]:
+    """The images of each class under a profile; `left` are those that there are."""
+    available = [left[label] for label in np.argsort(ranks)]
+    most = largest_n_max(available, ratio, profile) if len(left) > 1 and ratio >= 1 else left[0]
+    if n_max is not None and n_max > most:
+        raise UsageError(
+            f"n_max {n_max} is more than the data has: {most} images of the largest class",
+            f"--n-max can be at most {most}; leave it out to use all",
+        )
+    by_rank = long_tail_counts(n_max or most, len(left), ratio, profile)
+    return [by_rank[rank] for rank in ranks]
+
+
+def split_test(
+    labels: np.ndarray, num_classes: int, per_class: int | None = None, data_seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split a test set off a data set that has none: the indices of the rest, and of the test set.
+
+    As many test images a class, `per_class`, by default a fifth of the median class; but never
+    more than half of a class, so that each keeps a training image. Which ones follows from
+    `data_seed`.
+    """
+    sizes = np.bincount(labels, minlength=num_classes)
+    wanted = per_class or max(1, round(float(np.median(sizes)) / 5))
+    # Another stream than that of `choose`, which shuffles what is left.
+    generator = np.random.RandomState([data_seed, 1])
+    held = [
+        generator.permutation(np.flatnonzero(labels == label))[: min(wanted, size // 2)]
+        for label, size in enumerate(sizes)
+    ]
+    test = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), test), test
+
+
+def frequency_order(counts: Sequence[int]) -> np.ndarray:
     """Classes from the most to the least frequent; equal counts keep their label order."""
     return np.argsort(-np.asarray(counts), kind="stable")
 
@@ -155,7 +217,7 @@ def report_groups(counts: list[int], scheme: GroupScheme = "auto") -> tuple[str,
         return "shots", shots
     third = len(counts) // 3
     groups = ["medium"] * len(counts)
-    for rank, label in enumerate(_frequency_order(counts)):
+    for rank, label in enumerate(frequency_order(counts)):
         if rank < third:
             groups[label] = "head"
         elif rank >= len(counts) - third:
@@ -181,7 +243,7 @@ def class_groups(
             f"norm.components {groups} is more than the {len(counts)} classes",
             f"--set norm.components={len(counts)} is the most here",
         )
-    order = _frequency_order(counts)
+    order = frequency_order(counts)
     if scheme == "rank":
         parts = np.array_split(order, groups)
     else:

@@ -28,13 +28,11 @@ class Raw:
         root: torchvision's meaning, or the folder of images.
         download: whether it may be fetched over the network.
         lists: files that list the images of a split.
-        title: what a folder is called; None is the folder's own name.
     """
 
     root: Path
     download: bool = False
     lists: Mapping[Split, Path] = field(default_factory=dict)
-    title: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,8 @@ class Listing:
         content: the identity of the images, 64 hexadecimal digits, where a list gives it; None
             leaves it to the files' bytes.
         layout: what is expected to lie where, for the message about missing files.
-        mean, std: of the channels.
+        mean, std: of the channels; None are those of the training images where they are decoded
+            once and for all, and ImageNet's where they stay files.
     """
 
     root: Path
@@ -119,8 +118,8 @@ class Listing:
     notes: tuple[str, ...] = ()
     content: str | None = None
     layout: str = ""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
 
 
 def printable(name: str) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ltnorm.data.loader import normalize
 from ltnorm.data.longtail import GROUP_NAMES, GroupScheme, report_groups
-from ltnorm.data.prepare import PreparedSet, Split
+from ltnorm.data.prepared import PreparedSet
+from ltnorm.data.source import Split
 from ltnorm.errors import LtnormError
 from ltnorm.evaluation import metrics
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ltnorm.data.longtail import GROUP_NAMES, GroupScheme, report_groups
-from ltnorm.data.prepare import PreparedSet, Split
+from ltnorm.data.prepared import PreparedSet
+from ltnorm.data.source import Split
 from ltnorm.errors import UsageError, did_you_mean
 from ltnorm.evaluation.evaluate import predict
 from ltnorm.norms import norm_layers

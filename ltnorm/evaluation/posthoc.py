@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ltnorm.data.longtail import GroupScheme
-from ltnorm.data.prepare import PreparedSet, Split
+from ltnorm.data.prepared import PreparedSet
+from ltnorm.data.source import Split
 from ltnorm.errors import UsageError
 from ltnorm.evaluation.evaluate import Evaluation, of_logits, predict
 from ltnorm.evaluation.metrics import class_accuracy

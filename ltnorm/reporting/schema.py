@@ -41,7 +41,7 @@ class Result:
     fingerprint: str
     dataset: str
     profile: str
-    ratio: float
+    ratio: float | None
     data_seed: int
     set_id: str
     index_sha256: str
@@ -107,7 +107,7 @@ def _setting_name(recipe: Recipe) -> Path:
         parts += [recipe.retrain.norm] if recipe.retrain.norm != "frozen" else []
         parts += [recipe.retrain.tag] if recipe.retrain.tag else []
     parts += [recipe.tag] if recipe.tag else []
-    return Path(f"{data.name}-{data.profile}{data.ratio:g}") / "-".join(parts)
+    return Path(f"{data.slug}-{data.cut}") / "-".join(parts)
 
 
 def check_out(out: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from ltnorm import losses, models, registry
 from ltnorm.data import class_groups, sampling
 from ltnorm.data.loader import Loader
-from ltnorm.data.prepare import PreparedSet
+from ltnorm.data.prepared import PreparedSet
 from ltnorm.errors import UsageError
 from ltnorm.norms import RoutedNorm, norm_layer
 from ltnorm.recipe import Loss, Recipe, Sampler, Train

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ltnorm.data.prepare import PreparedSet
+from ltnorm.data.prepared import PreparedSet
 from ltnorm.data.sampling import balanced
 from ltnorm.norms.recalibrate import recalibrating
 from ltnorm.recipe import Recipe

@@ -16,7 +16,8 @@ from torch import nn
 
 from ltnorm import __version__
 from ltnorm.console import Output
-from ltnorm.data.prepare import PreparedSet, prepare
+from ltnorm.data.prepare import prepare
+from ltnorm.data.prepared import PreparedSet
 from ltnorm.errors import LtnormError
 from ltnorm.evaluation.evaluate import Evaluation, evaluate_split
 from ltnorm.norms import norm_layers
@@ -322,7 +323,7 @@ def _save(
 def _recipe_columns(recipe: Recipe) -> dict[str, Any]:
     return {
         "fingerprint": recipe.fingerprint(),
-        "dataset": recipe.dataset.name,
+        "dataset": recipe.dataset.title,
         "profile": recipe.dataset.profile,
         "ratio": recipe.dataset.ratio,
         "data_seed": recipe.dataset.data_seed,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ltnorm.console import Output
-from ltnorm.data.prepare import PreparedSet
+from ltnorm.data.prepared import PreparedSet
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.evaluation import posthoc
 from ltnorm.models import classifier, replace_classifier

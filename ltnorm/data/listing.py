@@ -1,0 +1,189 @@
+"""From a listing of files to files that are known: read, sound, and identified by their content."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ltnorm.data import check
+from ltnorm.data.check import Checked, shown
+from ltnorm.data.source import Listing, Split
+from ltnorm.errors import LtnormError, UsageError
+
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+# So many bad files are named in a message; a file names all.
+NAMED = 10
+# The name under which a prepared set records what is known of its source.
+RECORD = "source.npz"
+# By what it is noticed that a file has changed: what `check.changed` takes.
+COMPARED = ("size", "mtime_ns", "digest")
+
+Counting = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+OnBad = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """The files of a listing, all splits one after the other, after they were read.
+
+    Attributes:
+        listing: as it was found.
+        paths: bytes [N]. labels: int64 [N]. splits: indices into SPLITS, int8 [N].
+        checked: what each file was.
+        good: whether it decodes, bool [N].
+        content: the identity of the good images, 64 hexadecimal digits.
+    """
+
+    listing: Listing
+    paths: np.ndarray
+    labels: np.ndarray
+    splits: np.ndarray
+    checked: Checked
+    good: np.ndarray
+    content: str
+
+    def of(self, split: Split) -> np.ndarray:
+        """The indices of the good files of a split, int64."""
+        return np.flatnonzero((self.splits == SPLITS.index(split)) & self.good)
+
+
+def _entries(listing: Listing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """paths, labels and split indices of all files, in the order of SPLITS."""
+    parts = [(i, listing.parts[s]) for i, s in enumerate(SPLITS) if s in listing.parts]
+    return (
+        np.concatenate([part.paths for _, part in parts]),
+        np.concatenate([part.labels for _, part in parts]),
+        np.concatenate([np.full(len(part.labels), i, np.int8) for i, part in parts]),
+    )
+
+
+def read(
+    listing: Listing,
+    title: str,
+    data_dir: Path,
+    *,
+    on_bad: OnBad,
+    workers: int | None,
+    counting: Counting,
+) -> Known:
+    """Read every file of a listing.
+
+    Args:
+        listing: of a data set.
+        title: what it is called.
+        data_dir: where the list of bad files is written.
+        on_bad: what is done about images that do not decode.
+        workers, counting: processes that decode, and who is told how far they are.
+
+    Raises:
+        UsageError: files are missing, or do not decode.
+    """
+    paths, labels, splits = _entries(listing)
+    with counting(f"reading the images of {title}", len(paths)) as tell:
+        checked = check.check(listing.root, paths, workers, tell)
+    _refuse_missing(listing, paths, checked)
+    good = np.ones(len(paths), bool)
+    good[list(checked.errors)] = False
+    if checked.errors and on_bad == "fail":
+        file = data_dir / f"{title}-bad-images.txt"
+        raise bad_images(listing, paths, checked, file)
+    for label, name in enumerate(listing.classes):
+        if not (good & (labels == label) & (splits == 0)).any():
+            raise UsageError(
+                f"no training image of class '{name}' decodes", "replace its images, or remove it"
+            )
+    content = listing.content or _content(paths[good], splits[good], checked.digest[good])
+    return Known(listing, paths, labels, splits, checked, good, content)
+
+
+def _refuse_missing(listing: Listing, paths: np.ndarray, checked: Checked) -> None:
+    """Published lists name files: where some are missing, the archive or the folder is wrong."""
+    missing = [i for i in sorted(checked.errors) if checked.errors[i] == check.MISSING]
+    if missing and listing.layout:
+        first = f"{listing.root}/{shown(paths[missing[0]])}"
+        raise UsageError(
+            f"{len(missing):,} of {len(paths):,} listed files are missing; the first is {first}",
+            f"expected below --root: {listing.layout}",
+        )
+
+
+def bad_images(listing: Listing, paths: np.ndarray, checked: Checked, file: Path) -> LtnormError:
+    """The error for images that do not decode; `file` is written and names all of them."""
+    bad = [f"{shown(paths[i])} ({reason})" for i, reason in sorted(checked.errors.items())]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8", errors="replace")
+    more = f" and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
+    images = "image" if len(bad) == 1 else "images"
+    return LtnormError(
+        f"{len(bad):,} of {len(paths):,} {images} under {listing.root} cannot be used: "
+        f"{'; '.join(bad[:NAMED])}{more}",
+        f"--on-bad skip leaves them out; {file} lists all of them",
+    )
+
+
+def _content(paths: np.ndarray, splits: np.ndarray, digests: np.ndarray) -> str:
+    """A hash of the files: of each its split, its path, and the hash of its bytes."""
+    whole = hashlib.sha256()
+    for path, split, digest in zip(paths.tolist(), splits.tolist(), digests, strict=True):
+        whole.update(b"%d\0%b\0%b" % (split, path, digest.tobytes()))
+    return whole.hexdigest()
+
+
+def record(known: Known, file: Path) -> None:
+    """Write down what is known, so that `recognise` need not read the files again."""
+    arrays = {f.name: getattr(known.checked, f.name) for f in fields(Checked)}
+    bad = arrays.pop("errors")
+    np.savez(
+        file,
+        paths=known.paths,
+        labels=known.labels,
+        splits=known.splits,
+        good=known.good,
+        content=np.array(known.content),
+        bad=np.array(sorted(bad), np.int64),
+        reasons=np.array([bad[i] for i in sorted(bad)], str),
+        **arrays,
+    )
+
+
+def recognise(listing: Listing, file: Path) -> Known | str:
+    """What was recorded of a listing, if its files are still the same; else what has changed."""
+    with np.load(file) as saved:
+        recorded = {name: saved[name] for name in saved.files}
+    paths, labels, splits = _entries(listing)
+    if not np.array_equal(paths, recorded["paths"]):
+        added = len(np.setdiff1d(paths, recorded["paths"]))
+        gone = len(np.setdiff1d(recorded["paths"], paths))
+        return f"{added:,} files added, {gone:,} gone"
+    if not (
+        np.array_equal(labels, recorded["labels"]) and np.array_equal(splits, recorded["splits"])
+    ):
+        return "other labels or splits"
+    if changes := _changes(recorded, listing.root):
+        return changes
+    arrays = {f.name: recorded[f.name] for f in fields(Checked) if f.name != "errors"}
+    errors = dict(zip(recorded["bad"].tolist(), recorded["reasons"].tolist(), strict=True))
+    checked = Checked(**arrays, errors=errors)
+    content = str(recorded["content"])
+    return Known(listing, paths, labels, splits, checked, recorded["good"], content)
+
+
+def changes(root: Path, file: Path) -> str:
+    """What has changed of the recorded files below `root`, in words; empty if nothing has."""
+    with np.load(file) as saved:
+        return _changes({name: saved[name] for name in ("paths", *COMPARED)}, root)
+
+
+def _changes(recorded: Mapping[str, np.ndarray], root: Path) -> str:
+    there = np.flatnonzero(recorded["size"] >= 0)
+    paths, *known = (recorded[name][there] for name in ("paths", *COMPARED))
+    changed = check.changed(root, paths, *known)
+    if not changed:
+        return ""
+    index, reason = min(changed.items())
+    more = f", and {len(changed) - 1:,} other files" if len(changed) > 1 else ""
+    return f"{shown(paths[index])} {reason}{more}"
