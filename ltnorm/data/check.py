@@ -107,6 +107,9 @@ def pixels(
 ) -> None:
     """Decode every file into `out`, as `decode.square` does.
 
+    Workers hand their images over. Writing into a memory map by themselves saves a tenth of the
+    time, measured at 64 pixels, but would serve memory maps alone.
+
     Args:
         root, paths, workers, tell: as for `check`.
         size: S; None where every image is a square of `out`'s size already, and must be.

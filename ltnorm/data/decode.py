@@ -37,6 +37,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_EXIF = {"exif", "Raw profile type exif"}  # where Pillow keeps it
 _SIDEWAYS = 5  # from this orientation on width and height are exchanged
 
 _JPEG = b"\xff\xd8\xff"
@@ -112,10 +113,10 @@ def displayed_size(content: bytes) -> tuple[int, int]:
     Raises:
         BadImage: as `decode`.
     """
+    if not content.startswith(_JPEG):
+        return decode_bytes(content).size
     with _opened(content) as image:
         size = image.size
-        if image.format not in ("JPEG", "MPO"):
-            return decode_bytes(content).size
         image.draft("L", (1, 1))
         image.load()
         return size[::-1] if _orientation(image) >= _SIDEWAYS else size
@@ -150,7 +151,9 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The centre crop; where the margins are not equal, rounded to even as in v2.CenterCrop."""
+    """The centre; where the margins are not equal, rounded to even as in v2.CenterCrop."""
+    if image.size == (width, height):
+        return image
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
@@ -200,6 +203,8 @@ def _orientation(image: Image.Image) -> int:
 
     Pillow has turned a TIFF already.
     """
+    if not _EXIF & image.info.keys():  # Pillow would look into XMP
+        return 1
     for xmp in ("xmp", "XML:com.adobe.xmp"):
         image.info.pop(xmp, None)
     try:
