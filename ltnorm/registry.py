@@ -35,12 +35,13 @@ class Entry:
         objective: the training objective that a norm asks for.
         weights: the class weights that a loss is defined with: none, inverse or effective.
         cosine: whether a loss is defined on a cosine classifier.
-        variant: of a model, what the target builds, where one function builds a family.
+        variant: of a model or data set, what the target makes, where one function makes a family.
         check: of a model, what refuses a variant that does not exist, where only a library knows.
         recipe: the recipe that `ltnorm train --dataset NAME` starts from.
         size: of a data set, classes, training images a class and image height, where they are
             known before the data is there.
-        natural: of a data set, whether its imbalance is kept unless a ratio is asked for.
+        needs: of a data set, what a user must have: the flags, and the images.
+        natural: of a data set, whether its imbalance is kept unless a ratio is given.
     """
 
     target: str
@@ -54,6 +55,7 @@ class Entry:
     check: str = ""
     recipe: str = "cifar10-lt"
     size: tuple[int, int, int] | None = None
+    needs: str = ""
     natural: bool = False
 
 
@@ -64,6 +66,8 @@ _KANG = "Kang et al. 2020, arXiv 1910.09217"
 _RESNEXT = "Xie et al. 2017, arXiv 1611.05431"
 _WIDE = "Zagoruyko & Komodakis 2016, arXiv 1605.07146"
 _MOBILENET_V3 = "Howard et al. 2019, arXiv 1905.02244"
+_LT = "Liu et al. 2019, arXiv 1904.05160"
+_LISTS = "--root DIR --list-train FILE --list-test FILE [--list-val FILE]"
 _ROUTED_PATH = "ltnorm.training.objective:RoutedPath"
 _DUAL_PATH = "ltnorm.training.dual:DualPath"
 
@@ -285,6 +289,50 @@ DATASETS = {
         "10 classes, 28x28 grey, repeated to three channels (29 MiB download)",
         "Xiao et al. 2017, arXiv 1708.07747",
         size=(10, 6000, 28),
+    ),
+    "folder": Entry(
+        "ltnorm.data.folder:folder",
+        "images of your own: a folder a class, in train/, val/, test/ or in one tree",
+        "-",
+        recipe="folder",
+        needs="--root DIR",
+        natural=True,
+    ),
+    "lists": Entry(
+        "ltnorm.data.lists:lists",
+        "images of your own, by lists of lines `path label`",
+        "-",
+        variant="lists",
+        recipe="folder",
+        needs=_LISTS,
+        natural=True,
+    ),
+    "imagenet-lt": Entry(
+        "ltnorm.data.lists:lists",
+        "1,000 classes of 1,280 to 5 images, by the published lists",
+        _LT,
+        variant="imagenet-lt",
+        recipe="imagenet-lt",
+        needs=f"{_LISTS}; the images of ILSVRC2012",
+        natural=True,
+    ),
+    "places-lt": Entry(
+        "ltnorm.data.lists:lists",
+        "365 classes of 4,980 to 5 images, by the published lists",
+        _LT,
+        variant="places-lt",
+        recipe="places-lt",
+        needs=f"{_LISTS}; the small images of Places365-Standard",
+        natural=True,
+    ),
+    "inat2018": Entry(
+        "ltnorm.data.lists:lists",
+        "iNaturalist 2018: 8,142 species, by the published lists",
+        "Van Horn et al. 2018, arXiv 1707.06642",
+        variant="inat2018",
+        recipe="inat2018",
+        needs="--root DIR --list-train FILE --list-val FILE; the images of train_val2018",
+        natural=True,
     ),
 }
 
