@@ -38,8 +38,8 @@ class Entry:
         variant: of a model or data set, what the target makes, where one function makes a family.
         check: of a model, what refuses a variant that does not exist, where only a library knows.
         recipe: the recipe that `ltnorm train --dataset NAME` starts from.
-        size: of a data set, classes, training images a class and image height, where they are
-            known before the data is there.
+        size: of a balanced data set, classes, training images a class and image height, where
+            they are known before the data is there.
         needs: of a data set, what a user must have: the flags, and the images.
         natural: of a data set, whether its imbalance is kept unless a ratio is given.
     """
@@ -264,31 +264,158 @@ LIBRARIES = {
     ),
 }
 
+
+def _array_set(variant: str, summary: str, source: str, **known: Any) -> Entry:
+    """A set that torchvision's class `variant` keeps in memory."""
+    target = "ltnorm.data.torchvision_sets:arrays"
+    return Entry(target, summary, source, variant=variant, **known)
+
+
+def _file_set(
+    variant: str, summary: str, source: str, recipe: str = "photos", **known: Any
+) -> Entry:
+    """A set that torchvision's class `variant` keeps as files."""
+    target = "ltnorm.data.torchvision_sets:files"
+    return Entry(target, summary, source, variant=variant, recipe=recipe, **known)
+
+
 DATASETS = {
     "synthetic": Entry(
         "ltnorm.data.synthetic:synthetic",
-        "procedural 32x32 textures, embedded, made from a seed; no download",
+        "procedural 32x32 textures, made from a seed",
         "ltnorm",
         recipe="quick",
+        needs="nothing, embedded",
     ),
     "cifar10": Entry(
         "ltnorm.data.datasets:cifar10",
-        "10 classes, 32x32 (163 MiB download)",
+        "10 classes, 32x32",
         "Krizhevsky 2009",
         size=(10, 5000, 32),
+        needs="163 MiB download",
     ),
     "cifar100": Entry(
         "ltnorm.data.datasets:cifar100",
-        "100 classes, 32x32 (161 MiB download)",
+        "100 classes, 32x32",
         "Krizhevsky 2009",
         recipe="cifar100-lt",
         size=(100, 500, 32),
+        needs="161 MiB download",
     ),
     "fashion-mnist": Entry(
         "ltnorm.data.datasets:fashion_mnist",
-        "10 classes, 28x28 grey, repeated to three channels (29 MiB download)",
+        "10 classes, 28x28 grey, repeated to three channels",
         "Xiao et al. 2017, arXiv 1708.07747",
         size=(10, 6000, 28),
+        needs="29 MiB download",
+    ),
+    "svhn": _array_set(
+        "SVHN",
+        "10 digits of house numbers, 32x32, 4,659 to 13,861 images each",
+        "Netzer et al. 2011",
+        needs="235 MiB download",
+    ),
+    "mnist": _array_set(
+        "MNIST",
+        "10 written digits, 28x28 grey, nearly balanced",
+        "LeCun et al. 1998",
+        needs="11 MiB download",
+    ),
+    "kmnist": _array_set(
+        "KMNIST",
+        "10 written kana, 28x28 grey, balanced",
+        "Clanuwat et al. 2018, arXiv 1812.01718",
+        size=(10, 6000, 28),
+        needs="20 MiB download",
+    ),
+    "emnist": _array_set(
+        "EMNIST",
+        "47 written digits and letters, 28x28 grey, balanced",
+        "Cohen et al. 2017, arXiv 1702.05373",
+        size=(47, 2400, 28),
+        needs="536 MiB download",
+    ),
+    "stl10": _array_set(
+        "STL10",
+        "10 classes, 96x96, balanced, 500 images each",
+        "Coates et al. 2011",
+        size=(10, 500, 96),
+        needs="2.5 GiB download",
+    ),
+    "gtsrb": _file_set(
+        "GTSRB",
+        "43 traffic signs, 15 to 250 pixels, 150 to 1,500 images each",
+        "Stallkamp et al. 2012",
+        recipe="gtsrb",
+        natural=True,
+        needs="264 MiB download",
+    ),
+    "caltech101": _file_set(
+        "Caltech101",
+        "101 objects, 31 to 800 images each",
+        "Fei-Fei et al. 2004",
+        natural=True,
+        needs="131 MiB download",
+    ),
+    "caltech256": _file_set(
+        "Caltech256",
+        "257 objects, 80 to 827 images each",
+        "Griffin et al. 2007",
+        natural=True,
+        needs="1.1 GiB download",
+    ),
+    "sun397": _file_set(
+        "SUN397",
+        "397 scenes, 100 to 2,361 images each",
+        "Xiao et al. 2010",
+        natural=True,
+        needs="36 GiB download",
+    ),
+    "eurosat": _file_set(
+        "EuroSAT",
+        "10 land uses, 64x64 satellite images, 2,000 to 3,000 each",
+        "Helber et al. 2019, arXiv 1709.00029",
+        recipe="cifar10-lt",
+        needs="90 MiB download",
+    ),
+    "food101": _file_set(
+        "Food101",
+        "101 dishes, balanced, 750 images each",
+        "Bossard et al. 2014",
+        size=(101, 750, 224),
+        needs="4.7 GiB download",
+    ),
+    "dtd": _file_set(
+        "DTD",
+        "47 textures, balanced, 40 images each",
+        "Cimpoi et al. 2014, arXiv 1311.3618",
+        size=(47, 40, 224),
+        needs="596 MiB download",
+    ),
+    "flowers102": _file_set(
+        "Flowers102",
+        "102 flowers, balanced, 10 images each",
+        "Nilsback & Zisserman 2008",
+        size=(102, 10, 224),
+        needs="329 MiB download",
+    ),
+    "fgvc-aircraft": _file_set(
+        "FGVCAircraft",
+        "100 aircraft, 33 or 34 images each",
+        "Maji et al. 2013, arXiv 1306.5151",
+        needs="2.6 GiB download",
+    ),
+    "oxford-pets": _file_set(
+        "OxfordIIITPet",
+        "37 breeds of cats and dogs, about 100 images each",
+        "Parkhi et al. 2012",
+        needs="774 MiB download",
+    ),
+    "imagenette": _file_set(
+        "Imagenette",
+        "10 classes of ImageNet, 858 to 993 images each",
+        "github.com/fastai/imagenette",
+        needs="1.5 GiB download",
     ),
     "folder": Entry(
         "ltnorm.data.folder:folder",

@@ -26,11 +26,11 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 class MissingData(UsageError):
-    """The raw files are not there and may not be fetched."""
+    """The raw files are not there, or not all of them, and may not be fetched."""
 
-    def __init__(self, name: str, missing: Path) -> None:
+    def __init__(self, name: str, missing: Path, message: str = "") -> None:
         super().__init__(
-            f"{name} is not there: no {missing}",
+            message or f"{name} is not there: no {missing}",
             f"`ltnorm prepare --dataset {name}` downloads it; --root DIR says where it lies",
         )
 
