@@ -65,6 +65,11 @@ def inspection(runs: Sequence[Inspected], densities: Sequence["Density"], ending
         if shares:
             _shares(axes[2], one)
         _density(axes[-1], density)
+    return rendered(figure, ending)
+
+
+def rendered(figure: Any, ending: str) -> bytes:
+    """A figure as the content of a file with that ending, such as ".png"."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=ending.lower().lstrip("."), dpi=DPI)
     return buffer.getvalue()
