@@ -272,7 +272,7 @@ def _array_set(variant: str, summary: str, source: str, **known: Any) -> Entry:
 
 
 def _file_set(
-    variant: str, summary: str, source: str, recipe: str = "photos", **known: Any
+    variant: str, summary: str, source: str, recipe: str = "folder", **known: Any
 ) -> Entry:
     """A set that torchvision's class `variant` keeps as files."""
     target = "ltnorm.data.torchvision_sets:files"

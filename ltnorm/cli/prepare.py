@@ -90,7 +90,8 @@ def command(
     scheme, members = report_groups(prepared.counts, wanted.eval.groups)
     output.product(_table(prepared, scheme, members, output.out.width))
     if plot:
-        _plot(plot, prepared, scheme, members)
+        _plot(plot, prepared, members)
+        output.note(f"figure written to {plot}")
     for note in prepared.manifest["notes"]:
         output.note(f"note: {note}")
     done = "written to" if prepared.fresh else "is up to date in"
@@ -130,7 +131,7 @@ def _table(prepared: Any, scheme: str, groups: list[str], width: int) -> Any:
     sizes = ", ".join(f"{g} {groups.count(g)}" for g in ("head", "medium", "tail"))
     lines = [
         f"{known.images:,} training images of {known.classes:,} classes, {known.n_max:,} to "
-        f"{known.n_min:,} a class: ratio {known.ratio:.4g}, Gini {known.gini:.3f}",
+        f"{known.n_min:,} a class: ratio {known.ratio:,.4g}, Gini {known.gini:.2f}",
         f"classes by {scheme}: {sizes}",
     ]
     parts = [Text(prepared.set_id, style="bold"), _class_table(prepared, groups, width)]
@@ -169,18 +170,14 @@ def _class_table(prepared: Any, groups: list[str], width: int) -> Any:
     )
 
 
-def _plot(path: Path, prepared: Any, scheme: str, groups: list[str]) -> None:
+def _plot(path: Path, prepared: Any, groups: list[str]) -> None:
     from ltnorm.data.sample import sample
     from ltnorm.reporting import longtail
 
-    longtail.plot(
-        path,
-        prepared.set_id,
-        prepared.classes,
-        prepared.counts,
-        groups,
-        sample(prepared, longtail.shown(prepared.counts)),
-    )
+    images, counts, seed = prepared.open("train"), prepared.counts, prepared.spec.data_seed
+    pictures = sample(images, longtail.choose(images.labels, counts, seed))
+    title = prepared.set_id
+    longtail.plot(path, title, prepared.classes, counts, groups, pictures, seed)
 
 
 def _document(prepared: Any, scheme: str, groups: list[str]) -> dict[str, Any]:

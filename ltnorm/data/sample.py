@@ -1,25 +1,20 @@
-"""A few training images of some classes, to look at."""
+"""A few training images, to look at."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ltnorm.data.decode import decode
-from ltnorm.data.prepared import PreparedSet
-from ltnorm.data.source import Pixels
+from ltnorm.data.source import Images, Pixels
 
 
-def sample(data: PreparedSet, classes: Iterable[int], each: int) -> dict[int, list[np.ndarray]]:
-    """Up to `each` training images of classes, uint8 [H, W, 3], drawn by the data seed."""
-    images = data.open("train")
-    chosen = {}
-    for label in classes:
-        rng = np.random.default_rng([data.spec.data_seed, label])
-        index = rng.permutation(np.flatnonzero(images.labels == label))[:each]
+def sample(images: Images, chosen: Mapping[int, Sequence[int]]) -> dict[int, list[np.ndarray]]:
+    """The chosen images, uint8 [H, W, 3], by class. `chosen` are the indices of each class."""
+
+    def one(index: int) -> np.ndarray:
         if isinstance(images, Pixels):
-            chosen[label] = [images.images[i] for i in index]
-        else:
-            paths = (images.root / os.fsdecode(images.paths[i]) for i in index)
-            chosen[label] = [np.asarray(decode(path)) for path in paths]
-    return chosen
+            return images.images[index]
+        return np.asarray(decode(images.root / os.fsdecode(images.paths[index])))
+
+    return {label: [one(index) for index in indices] for label, indices in chosen.items()}
