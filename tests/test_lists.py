@@ -67,6 +67,14 @@ def test_any_order_is_the_same_listing(tmp_path):
         assert np.array_equal(turned.parts[split].labels, straight.parts[split].labels)
 
 
+def test_names_that_repeat_in_a_class_have_an_order_too(tmp_path):
+    for first, second in (("a/1.jpg", "b/1.jpg"), ("a/x/1.jpg", "b/x/1.jpg")):
+        rows = [(second, 0), (first, 0), ("c/2.jpg", 1)]
+        for order in (rows, rows[::-1]):
+            listing = read(tmp_path, OWN | {"train": order})
+            assert paths(listing) == [first, second, "c/2.jpg"]
+
+
 def test_classes_without_a_folder_of_their_own_are_called_by_label(tmp_path):
     for train in (
         [("1.jpg", 0), ("2.jpg", 1)],  # none
@@ -283,6 +291,16 @@ def test_content_is_of_images_alone(tmp_path, small, variant, styles):
     for other in others:
         changed = read(tmp_path, styles[0] | {"train": other}, variant)
         assert changed.content != listings[0].content
+
+
+def test_content_knows_which_split_an_image_is_in(tmp_path, small):
+    a, b, c, d = ((f"train/n0000000{i > 0:d}/{i}.JPEG", int(i > 0)) for i in range(4))
+    contents = []
+    for train, val in (([a, b, c], [d]), ([a, b], [c, d])):
+        entries = IMAGENET | {"train": train, "val": val}
+        small("imagenet-lt", entries)
+        contents.append(read(tmp_path, entries, "imagenet-lt").content)
+    assert contents[0] != contents[1]
 
 
 def test_names_of_classes(tmp_path, small):

@@ -145,8 +145,7 @@ class _Tree:
 
         A link whose target is not there is one: to leave it out would hide that an image is gone.
         """
-        dot = entry.name.rfind(".")
-        if dot < 0 or entry.name[dot:].lower() not in SUFFIXES:
+        if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
             self.skip(OTHER, path)
             return False
         if not entry.is_symlink() and not entry.is_file():  # a pipe, which would never be read
