@@ -269,7 +269,7 @@ def _refuse_twins(root: Path, names: Iterable[str]) -> None:
     """Refuse names that are one on some file systems: equal but for case, or once normalized."""
     seen: dict[str, str] = {}
     for name in names:
-        key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        key = unicodedata.normalize("NFC", name.casefold())
         if key in seen:
             pair = f"'{printable(seen[key])}' and '{printable(name)}'"
             raise UsageError(
