@@ -102,7 +102,7 @@ PATH = st.lists(STEP, min_size=1, max_size=4).map("/".join).filter(lambda p: p[1
 BLANK = st.sampled_from([" ", "\t", ",", "  ", ", ", " ,", "\t "])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     rows=st.lists(st.tuples(PATH, st.integers(0, 999_999_999), BLANK), min_size=1),
     end=st.sampled_from(["\n", "\r\n"]),
