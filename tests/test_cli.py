@@ -240,7 +240,7 @@ def test_an_empty_class_of_cifar100_is_refused(failing, tmp_path, monkeypatch):
 
     from ltnorm.data import datasets
 
-    def tiny_cifar100(root, download):
+    def tiny_cifar100(raw):
         labels = np.repeat(np.arange(100), 500)
         images = np.zeros((50000, 1, 1, 3), np.uint8)
         names = [str(i) for i in range(100)]

@@ -43,7 +43,8 @@ def show(
 
     planned = [(build.concrete(recipe)[0], out) for recipe, out in planned]
     known = preview(planned[0][0].dataset, root, data_dir)
-    counts, image_size = (known.counts, known.image_size) if known else ([1] * 10, 32)
+    size = planned[0][0].dataset.options.get("image_size", 32)
+    counts, image_size = (known.counts, known.image_size) if known else ([1] * 10, size)
     if known:
         planned = [(r.model_copy(update={"dataset": known.spec}), out) for r, out in planned]
     recipes = [recipe for recipe, _ in planned]

@@ -26,6 +26,7 @@ import numpy as np
 
 from ltnorm.data import decode
 from ltnorm.data.decode import BadImage
+from ltnorm.data.source import printable
 from ltnorm.errors import LtnormError
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ Tell = Callable[[int], None]
 _CHUNK = 256
 _FEW = 2 * _CHUNK  # starting processes takes longer than these
 _stop = ctypes.c_byte(0)  # of a worker: set by the parent, in memory that they share
-_LEAVES = "leaves the root"
+LEAVES = "leaves the root"
 MISSING = "is missing"
 _CHANGED = "has changed"
 _FILE = np.dtype(
@@ -171,8 +172,7 @@ def changed(
 
 def shown(path: bytes) -> str:
     """A path as text for the screen: of one line, whatever bytes it has."""
-    text = path.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(os.fsdecode(path))
 
 
 def cores() -> int:
@@ -198,7 +198,7 @@ def _check_chunk(root: bytes, paths: np.ndarray) -> tuple[np.ndarray, dict[int, 
 def _check_file(path: bytes, root: bytes, found: np.void) -> None:
     """Fill in what is found of a file, as far as it gets."""
     if not _inside(root, path):
-        raise BadImage(_LEAVES)
+        raise BadImage(LEAVES)
     content, status = decode.read(path)
     found["size"], found["mtime_ns"] = len(content), status.st_mtime_ns
     found["digest"] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)

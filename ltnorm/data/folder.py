@@ -14,15 +14,10 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, PositiveInt
 
+from ltnorm.data.decode import SUFFIXES
 from ltnorm.data.source import Content, Listing, Part, Raw, Size, Split, class_names, printable
 from ltnorm.errors import UsageError
 
-SUFFIXES = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"),
-        *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
-    )
-)
 SPLITS: dict[str, Split] = {
     "train": "train",
     "val": "val",

@@ -83,9 +83,17 @@ def read(
         UsageError: files are missing, or do not decode.
     """
     paths, labels, splits = _entries(listing)
+    if listing.layout:
+        _refuse_missing(listing, paths)
     with counting(f"reading the images of {title}", len(paths)) as tell:
         checked = check.check(listing.root, paths, workers, tell)
-    _refuse_missing(listing, paths, checked)
+    leaving = [i for i, reason in checked.errors.items() if reason == check.LEAVES]
+    if leaving:
+        raise UsageError(
+            f"{listing.root}/{shown(paths[leaving[0]])} is a link that leaves {listing.root} "
+            f"(1 of {len(leaving):,})",
+            "copy what it points to, or give --root a folder that holds both",
+        )
     good = np.ones(len(paths), bool)
     good[list(checked.errors)] = False
     if checked.errors and on_bad == "fail":
@@ -100,10 +108,11 @@ def read(
     return Known(listing, paths, labels, splits, checked, good, content)
 
 
-def _refuse_missing(listing: Listing, paths: np.ndarray, checked: Checked) -> None:
-    """Published lists name files: where some are missing, the archive or the folder is wrong."""
-    missing = [i for i in sorted(checked.errors) if checked.errors[i] == check.MISSING]
-    if missing and listing.layout:
+def _refuse_missing(listing: Listing, paths: np.ndarray) -> None:
+    """Lists name files: where some are missing, the archive or the folder is another one."""
+    size, _ = check.stat(listing.root, paths)
+    missing = np.flatnonzero(size < 0)
+    if len(missing):
         first = f"{listing.root}/{shown(paths[missing[0]])}"
         raise UsageError(
             f"{len(missing):,} of {len(paths):,} listed files are missing; the first is {first}",

@@ -204,8 +204,11 @@ def _wanted(variant: str, published: Published | None, raw: Raw) -> dict[Split, 
     for split in ("train", "test"):
         if split not in given:
             flag = "--list-val" if stands_in and split == "test" else f"--list-{split}"
-            hint = f"the published lists are {published.files}" if published else FORM
-            raise UsageError(f"{variant} needs {flag} FILE", hint)
+            what = f"the published lists are {published.files}" if published else FORM
+            raise UsageError(
+                f"{variant} needs {flag} FILE",
+                f"`ltnorm prepare --dataset {variant} --root DIR --list-train FILE ...`; {what}",
+            )
     return {split: given[split] for split in ORDER if split in given}
 
 

@@ -17,7 +17,7 @@ from ltnorm.data.listing import RECORD, Known
 from ltnorm.data.longtail import split_test
 from ltnorm.data.making import Making, decoded_size, from_files, from_memory, subset_of
 from ltnorm.data.prepared import PreparedSet, at, find, of_title, set_id
-from ltnorm.data.source import Listing, Raw, Source, Split
+from ltnorm.data.source import Listing, Raw, Source, Split, printable
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.recipe import Dataset
 
@@ -66,6 +66,11 @@ def prepare(spec: Dataset, root: Path, data_dir: Path, making: Making = AS_USUAL
 def load(spec: Dataset, raw: Raw) -> Source | Listing:
     """What the data set's function gives."""
     entry = registry.lookup("dataset", spec.name)
+    if raw.lists and "--list-" not in entry.needs:
+        raise UsageError(
+            f"{spec.name} takes no lists of images",
+            "leave out --list-..., or see `--dataset lists`",
+        )
     function = registry.load(entry.target)
     if entry.variant:
         function = partial(function, entry.variant)
@@ -90,7 +95,7 @@ def _identify(
     is the one.
     """
     if "title" in spec.options and not spec.options["title"] and raw.root != registry.DEFAULT_ROOT:
-        spec = _with(spec, title=raw.root.resolve().name)
+        spec = _with(spec, title=printable(raw.root.resolve().name))
     unnamed = not raw.lists and ("title" not in spec.options or raw.root == registry.DEFAULT_ROOT)
     prepared = of_title(spec, data_dir) if unnamed else []
     if contents := {made.spec.options["content"]: made for made in prepared}:
@@ -188,7 +193,12 @@ def preview(spec: Dataset, root: Path, data_dir: Path) -> Preview | None:
     """
     source: Source | Listing | Known | None = None
     if is_keyed(spec) and not spec.options["content"]:
-        spec, source = _identify(spec, Raw(root), data_dir, AS_USUAL)
+        try:
+            spec, source = _identify(spec, Raw(root), data_dir, AS_USUAL)
+        except UsageError:
+            if root != registry.DEFAULT_ROOT:  # the user has said where the images are
+                raise
+            return None
     if (not is_keyed(spec) or spec.options["content"]) and (found := find(spec, data_dir)):
         return Preview(found.spec, found.counts, found.image_size, found.splits, found.decoded)
     splits: list[Split] = ["train", "test", *(["val"] if spec.val else [])]
