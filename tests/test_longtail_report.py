@@ -115,6 +115,13 @@ def test_a_column_is_the_mean_of_its_classes():
     assert "6.7 a column" in lines[-1]
 
 
+def test_thousands_of_classes_fit():
+    counts = long_tail_counts(1000, 8142, 500)
+    lines = drawn(counts, 60)
+    assert "8,142 classes by images, log scale, 153.6 a column" in lines[-1]
+    assert max(map(len, lines)) <= 60
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "thousand", "shuffled"])
 def test_axes_name_the_largest_the_smallest_and_the_classes(name):
     counts, lines = SETS[name], drawn(SETS[name])

@@ -127,10 +127,10 @@ ARRAYS = {
 }
 
 
-# The names that the benchmark gives the signs, by label.
+# What the signs mean, by label.
 _SIGNS = (
-    *(f"Speed limit {speed} km/h" for speed in (20, 30, 50, 60, 70, 80)),
-    *("End of speed limit 80 km/h", "Speed limit 100 km/h", "Speed limit 120 km/h"),
+    *(f"Speed limit {speed}" for speed in (20, 30, 50, 60, 70, 80)),
+    *("End of speed limit 80", "Speed limit 100", "Speed limit 120"),
     *("No passing", "No passing for trucks", "Right-of-way at next intersection"),
     *("Priority road", "Yield", "Stop", "No vehicles", "No trucks", "No entry"),
     *("General caution", "Dangerous curve left", "Dangerous curve right", "Double curve"),

@@ -91,9 +91,6 @@ def _by_images(counts: Sequence[int]) -> list[int]:
     return sorted(range(len(counts)), key=lambda label: -counts[label])
 
 
-# --- The chart ------------------------------------------------------------------------------------
-
-
 def chart(counts: Sequence[int], groups: Sequence[str], width: int, height: int = 8) -> "Text":
     """A bar chart of the sorted counts, `width` columns wide and `height` rows high with its axes.
 
@@ -194,11 +191,8 @@ def _spans(columns: Sequence[Sequence[int]], groups: Sequence[str]) -> "Text":
 
 def _legend(classes: int, columns: Sequence[Sequence[int]], scale: _Scale) -> str:
     each = classes / len(columns)
-    binned = f", {each:.2g} a column" if each > 1 else ""
+    binned = f", {each:,.1f} a column" if each > 1 else ""
     return f"{classes:,} classes by images, {'log' if scale.log else 'linear'} scale{binned}"
-
-
-# --- The figure -----------------------------------------------------------------------------------
 
 
 def ends(counts: Sequence[int], most: int = SHOWN) -> tuple[list[int], list[int]]:
