@@ -244,7 +244,8 @@ def test_an_empty_class_of_cifar100_is_refused(failing, tmp_path, monkeypatch):
         labels = np.repeat(np.arange(100), 500)
         images = np.zeros((50000, 1, 1, 3), np.uint8)
         names = [str(i) for i in range(100)]
-        return datasets.Source(images, labels, images, labels, names, (0.5,) * 3, (0.5,) * 3, {})
+        part = datasets.Pixels(images, labels)
+        return datasets.Source(part, part, names, (0.5,) * 3, (0.5,) * 3, {})
 
     monkeypatch.setattr(datasets, "cifar100", tiny_cifar100)
     text = failing("prepare --dataset cifar100 --ratio 1000 --quiet", code=2)

@@ -69,7 +69,7 @@ def load(spec: Dataset, raw: Raw) -> Source | Listing:
     if raw.lists and "--list-" not in entry.needs:
         raise UsageError(
             f"{spec.name} takes no lists of images",
-            "leave out --list-..., or see `--dataset lists`",
+            "leave out --list-..., or take --dataset lists",
         )
     function = registry.load(entry.target)
     if entry.variant:
