@@ -40,7 +40,22 @@ def _schedule(value: Any) -> Any:
     return "step" if value == "multistep" else value  # torch's name for drops at milestones
 
 
+def _jitter(value: Any) -> Any:
+    """One strength is that of brightness, contrast and saturation; what is not given is 0."""
+    if isinstance(value, int | float):
+        value = (value, value, value)
+    return (*value, *[0.0] * (4 - len(value))) if isinstance(value, list | tuple) else value
+
+
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("the smallest comes first")
+    return pair
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Area = Annotated[float, Field(gt=0, le=1)]
+Hue = Annotated[float, Field(ge=0, le=0.5)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Tau = Annotated[float, Field(ge=0, le=100)]  # beyond, weights overflow
 # Raised when the default of any option changes, or what an option means.
@@ -192,6 +207,11 @@ class Train(Section):
 
     The budget is one of `epochs`, `steps` and `seconds`. `milestones` are fractions of it, and so
     is the `warmup` of steps and seconds.
+
+    `crop` padded takes a window of the image's own size from the image padded by `crop_padding`,
+    resized takes a part of its area in `crop_scale`, as RandomResizedCrop; auto is padded, but
+    resized where images stay files. `color_jitter` are the strengths of brightness, contrast,
+    saturation and hue.
     """
 
     epochs: PositiveInt | None = None
@@ -216,8 +236,13 @@ class Train(Section):
         0.9,
     )
     decay: PositiveFloat = 0.01
+    crop: Literal["auto", "padded", "resized"] = "auto"
     crop_padding: NonNegativeInt = 4
+    crop_scale: Annotated[tuple[Area, Area], AfterValidator(_ascending)] = (0.08, 1.0)
     flip: bool = True
+    color_jitter: Annotated[
+        tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, Hue], BeforeValidator(_jitter)
+    ] = (0.0, 0.0, 0.0, 0.0)
     cutout: NonNegativeInt = 0
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
@@ -232,6 +257,10 @@ class Train(Section):
         if isinstance(data, Mapping) and all(data.get(key) is None for key in BUDGETS):
             return {**data, "epochs": 200}
         return data
+
+    def cropped(self, files: bool) -> str:
+        """How images are cropped, padded or resized, of a set of files or of pixels."""
+        return self.crop if self.crop != "auto" else "resized" if files else "padded"
 
 
 class Evaluation(Section):
@@ -277,7 +306,11 @@ class Retrain(Section):
 
 
 class Recipe(Section):
-    """One run, whole. `validate` and `resolve` fill in every option."""
+    """One run, whole. `validate` and `resolve` fill in every option.
+
+    `workers` are the processes that decode images which stay files; null is as many as the device
+    leaves cores for.
+    """
 
     dataset: Dataset = Dataset()
     model: Model = Model()
@@ -290,15 +323,18 @@ class Recipe(Section):
     tag: Tag | None = None
     seed: RandomSeed = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:(0|[1-9]\d?))?)$")] = "auto"
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = None
 
     def settings(self) -> dict[str, Any]:
         """What identifies the experiment, in words: names, and all that is not the default.
 
-        Without the seed, the device and how often it looks. Since a default is left out, an option
-        that is added later changes no identity. Where a default changes, `IDENTITY` is raised, so
-        that what ran with the old one is another experiment (tests/test_identity.py holds that).
+        Without the seed, the device, the workers and how often it looks. Since a default is left
+        out, an option that is added later changes no identity. Where a default changes, `IDENTITY`
+        is raised, so that what ran with the old one is another experiment (tests/test_identity.py
+        holds that).
         """
-        apart: dict[str, Any] = {"seed": True, "device": True, "eval": {"every"}}
+        apart: dict[str, Any] = dict.fromkeys(("seed", "device", "workers"), True)
+        apart["eval"] = {"every"}
         if not self.train.epochs:
             apart["train"] = {"warmup_epochs"}  # of other budgets it is `warmup`
         named = {"identity": IDENTITY} if IDENTITY > 1 else {}

@@ -105,7 +105,8 @@ def _parse_set(item: str) -> tuple[str, Any]:
     key, equals, value = item.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {item}: not key=value", "for example --set train.lr=0.2")
-    if key.strip() in Recipe.model_fields and key.strip() not in ("tag", "seed", "device"):
+    plain = ("tag", "seed", "device", "workers")
+    if key.strip() in Recipe.model_fields and key.strip() not in plain:
         raise UsageError(
             f"--set {item}: '{key.strip()}' is a section",
             f"set one of its keys: {key.strip()}.KEY=...",

@@ -46,6 +46,8 @@ USED_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "sam_rho": ("optimizer", ("sam",)),
     "milestones": ("schedule", ("step",)),
     "decay": ("schedule", ("step",)),
+    "crop_padding": ("crop", ("auto", "padded")),
+    "crop_scale": ("crop", ("auto", "resized")),
 }
 
 

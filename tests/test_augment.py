@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from ltnorm import losses, models, registry
 from ltnorm.data import augment
@@ -47,6 +49,75 @@ def test_crops_and_flips_are_windows_of_the_padded_image():
     assert max(seen.values()) < 80
 
 
+def boxes(count, shape, scale, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.stack(augment.random_boxes(count, shape, scale, rng), 1)
+
+
+def box_of(peer, shape):
+    params = peer.make_params([torch.zeros(3, *shape)])
+    return [params[key] for key in ("top", "left", "height", "width")]
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale"),
+    [((64, 64), (0.08, 1.0)), ((40, 60), (0.3, 0.9)), ((20, 90), (0.5, 1.0))],
+)
+def test_boxes_are_distributed_as_torchvisions(shape, scale):
+    """Places, areas and ratios; in the last shape a box seldom fits, and the middle is taken."""
+    torch.manual_seed(0)
+    peer = v2.RandomResizedCrop(8, scale)
+    theirs = np.array([box_of(peer, shape) for _ in range(2000)], float).T
+    top, left, height, width = ours = boxes(2000, shape, scale).double().numpy().T
+    for start, length, whole in ((top, height, shape[0]), (left, width, shape[1])):
+        assert (start >= 0).all()
+        assert (length >= 1).all()
+        assert (start + length <= whole).all()
+    for of in (
+        lambda top, left, height, width: height * width,
+        lambda top, left, height, width: width / height,
+        lambda top, left, height, width: top,
+        lambda top, left, height, width: left,
+    ):
+        assert stats.ks_2samp(of(*ours), of(*theirs)).pvalue > 0.001
+
+
+@pytest.mark.parametrize("shape", [(10, 100), (100, 10), (7, 100), (16, 16)])
+def test_where_no_box_fits_the_middle_is_taken(shape):
+    expected = box_of(v2.RandomResizedCrop(8, (1.0, 1.0)), shape)
+    assert boxes(50, shape, (1.0, 1.0)).tolist() == [expected] * 50
+
+
+def test_resized_crops_have_torchvisions_values():
+    images = torch.randint(256, (5, 12, 12, 3), dtype=torch.uint8)
+    index, scale = torch.arange(60) % 5, (0.1, 1.0)
+    rng = torch.Generator().manual_seed(3)
+    made = augment.resized_crop_and_flip(images, index, scale, True, rng)
+    assert made.shape == (60, 12, 12, 3)
+    assert made.dtype == torch.uint8
+    mirrored = 0
+    for box, i, crop in zip(boxes(60, (12, 12), scale, 3), index, made, strict=True):
+        image = images[i].permute(2, 0, 1).float()
+        expected = functional.resized_crop(image, *map(int, box), [12, 12], antialias=True)
+        ways = (expected, expected.flip(2))
+        errors = [(crop.permute(2, 0, 1) - way).abs().max() for way in ways]
+        assert min(errors) < 0.502  # what is rounded
+        mirrored += errors[1] < errors[0]
+    assert 15 < mirrored < 45
+
+
+def test_what_changes_colours_is_torchvisions():
+    image = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
+    assert augment.of_one_image((0.0, 0.0, 0.0, 0.0), "none") is None
+    peer = v2.Compose([v2.ColorJitter(0.4, 0.3, 0.2, 0.1), v2.RandAugment()])
+    made = augment.of_one_image((0.4, 0.3, 0.2, 0.1), "randaugment")
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = peer(image)
+        torch.manual_seed(seed)
+        assert torch.equal(made(image), expected)
+
+
 def test_cutout_zeroes_a_square():
     x = torch.ones(300, 3, 8, 8)
     cut = cutout(x, 4, torch.Generator().manual_seed(0)) == 0
@@ -76,8 +147,6 @@ def test_a_policy_chooses_for_each_image_by_itself(name):
 
 
 def test_policies_are_torchvisions():
-    from torchvision.transforms import v2
-
     for name in ("cifar10", "imagenet", "svhn"):
         assert augment.policy(name).policy.value == name
     assert type(augment.policy("randaugment")) is v2.RandAugment

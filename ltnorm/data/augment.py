@@ -1,11 +1,16 @@
 """Augmentations: free functions on a batch, each with its source of random numbers."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# RandomResizedCrop's, which no benchmark changes: the ratio of width to height, and the tries.
+RATIO, TRIES = (3 / 4, 4 / 3), 10
 
 
 class Batch(NamedTuple):
@@ -43,6 +48,87 @@ def crop_and_flip(
     return padded.view(-1, channels)[pixels.view(-1)].view(count, size, size, channels)
 
 
+def resized_crop_and_flip(
+    images: Tensor, index: Tensor, scale: tuple[float, float], flip: bool, rng: torch.Generator
+) -> Tensor:
+    """Random boxes of images[index] made as large as the images, and flips, uint8 [B, H, W, 3].
+
+    Bilinear, without antialiasing: a box is never larger than what is made of it. As torchvision's
+    RandomResizedCrop, from a crop alone: at its edges nothing of what lies beyond comes in.
+    """
+    _, height, width, _ = images.shape
+    top, left, heights, widths = random_boxes(len(index), (height, width), scale, rng)
+    rows, columns = _sources(top, heights, height), _sources(left, widths, width)
+    if flip:
+        mirrored = torch.rand(len(index), 1, generator=rng, device=images.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    grid = torch.empty(len(index), height, width, 2, device=images.device)
+    grid[..., 0], grid[..., 1] = columns[:, None, :], rows[:, :, None]
+    pixels = images[index].permute(0, 3, 1, 2).float()
+    made = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    return made.round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _sources(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Where the `size` pixels of a line come from, [B, size], in grid_sample's -1 .. 1."""
+    steps = (torch.arange(size, device=start.device) + 0.5) / size
+    inside = (steps * length[:, None] - 0.5).clamp_min(0).minimum(length[:, None] - 1)
+    return (2 * (start[:, None] + inside) + 1) / size - 1
+
+
+def random_boxes(
+    count: int, shape: tuple[int, int], scale: tuple[float, float], rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Top, left, height and width, float32 [count] each, of boxes in images of `shape`.
+
+    As torchvision's RandomResizedCrop: a part of the area uniform in `scale`, a ratio of width to
+    height log-uniform in RATIO, drawn until both sides fit; after TRIES in vain, the largest box
+    in the middle whose ratio is in RATIO.
+    """
+
+    def uniform(low: float, high: float, *size: int) -> Tensor:
+        return low + (high - low) * torch.rand(size, generator=rng, device=rng.device)
+
+    height, width = shape
+    area = height * width * uniform(*scale, count, TRIES)
+    ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), count, TRIES).exp()
+    widths, heights = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    found = fits.any(1)
+    middle_height = min(height, round(width / RATIO[0]))
+    middle_width = min(width, round(height * RATIO[1]))
+    heights = heights.gather(1, first)[:, 0].where(found, float(middle_height))
+    widths = widths.gather(1, first)[:, 0].where(found, float(middle_width))
+    top = (uniform(0, 1, count) * (height - heights + 1)).floor()
+    left = (uniform(0, 1, count) * (width - widths + 1)).floor()
+    top = top.where(found, ((height - heights) / 2).floor())
+    left = left.where(found, ((width - widths) / 2).floor())
+    return top, left, heights, widths
+
+
+def of_one_image(
+    color_jitter: Sequence[float], auto_augment: str
+) -> Callable[[Tensor], Tensor] | None:
+    """What changes the colours of one image, uint8 [3, H, W]; None changes nothing.
+
+    Args:
+        color_jitter: strengths of brightness, contrast, saturation and hue, as torchvision's
+            ColorJitter; all 0 is none.
+        auto_augment: see `policy`; "none" is none.
+    """
+    if not any(color_jitter) and auto_augment == "none":
+        return None
+    from torchvision.transforms import v2  # takes long to import, and few runs ask for it
+
+    steps: list[Callable[[Tensor], Tensor]] = []
+    if any(color_jitter):
+        steps.append(v2.ColorJitter(*color_jitter))
+    if auto_augment != "none":
+        steps.append(policy(auto_augment))
+    return v2.Compose(steps)
+
+
 def policy(name: str) -> Callable[[Tensor], Tensor]:
     """A policy of torchvision's for one image, uint8 [3, H, W], with its defaults.
 
@@ -50,7 +136,7 @@ def policy(name: str) -> Callable[[Tensor], Tensor]:
     randaugment                RandAugment (Cubuk et al. 2020, arXiv 1909.13719)
     trivialaugment             TrivialAugment, wide (Müller & Hutter 2021, arXiv 2103.10158)
     """
-    from torchvision.transforms import v2  # takes long to import, and few runs ask for it
+    from torchvision.transforms import v2
 
     if name == "randaugment":
         return v2.RandAugment()
