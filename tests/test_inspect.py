@@ -14,6 +14,7 @@ from torch import nn
 
 from ltnorm import registry
 from ltnorm.data.prepared import PreparedSet
+from ltnorm.data.source import Pixels
 from ltnorm.evaluation import evaluate
 from ltnorm.evaluation.inspection import Inspector, choose, without_affine
 from ltnorm.norms import norm_layer
@@ -30,9 +31,9 @@ class Images(PreparedSet):
     def __init__(self, images, labels):
         manifest = {"counts": [300, 50, 5], "mean": [0.0] * 3, "std": [1.0] * 3}
         super().__init__(path=None, manifest=manifest)
-        self.__dict__["held"] = (images, labels)
+        self.__dict__["held"] = Pixels(images, labels)
 
-    def load(self, split):
+    def open(self, split):
         return self.held
 
 

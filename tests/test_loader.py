@@ -1,3 +1,5 @@
+import threading
+import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -7,8 +9,13 @@ from torch import nn
 
 from ltnorm import losses
 from ltnorm.console import Output
-from ltnorm.data.loader import Loader, normalize
+from ltnorm.data import augment
+from ltnorm.data import loader as loading
+from ltnorm.data.augment import Batch
+from ltnorm.data.loader import Loader, batches, crops, normalize
+from ltnorm.data.pixels import Mapped, Resident
 from ltnorm.data.sampling import progressive
+from ltnorm.data.source import Pixels
 from ltnorm.recipe import Train
 from ltnorm.training.loop import fit
 from ltnorm.training.objective import SinglePath
@@ -21,8 +28,7 @@ def loader(count=50, seed=0, size=8, sampler=None, labels=None, **train):
     images = rng.integers(1, 256, size=(count, size, size, 3), dtype=np.uint8)
     settings = Train(**{"batch_size": 16, "crop_padding": 2, **train})
     return Loader(
-        images,
-        np.arange(count) if labels is None else labels,
+        Pixels(images, np.arange(count) if labels is None else labels),
         mean=MEAN,
         std=STD,
         train=settings,
@@ -59,6 +65,12 @@ AUGMENTATIONS = [
     {"mixup": 1.0, "cutmix": 0.5, "auto_augment": "cifar10"},
     {"auto_augment": "randaugment"},
 ]
+RESIZED = [
+    {"crop": "resized", "crop_padding": 4},
+    {"crop": "resized", "crop_padding": 4, "crop_scale": (0.3, 0.6), "cutout": 4, "mixup": 1.0},
+    {"color_jitter": 0.4},
+    {"crop": "resized", "crop_padding": 4, "color_jitter": [0.4, 0, 0, 0.1], "flip": False},
+]
 
 
 @pytest.mark.parametrize("sampler", [None, lambda t: np.arange(1, 51) / 1275])
@@ -82,7 +94,7 @@ def test_without_a_sampler_the_order_is_torchs_permutation():
         assert order(made, epoch) == torch.randperm(50, generator=rng).tolist()
 
 
-@pytest.mark.parametrize("train", [{}, *AUGMENTATIONS])
+@pytest.mark.parametrize("train", [{}, *AUGMENTATIONS, *RESIZED])
 def test_augmentation_follows_from_seed_and_epoch_alone(train):
     first, again, later, other = (
         list(loader(seed=seed, **train)[0].epoch(epoch))
@@ -124,7 +136,7 @@ def test_crops_are_the_same_under_a_policy():
 
 def test_every_batch_has_choices_of_its_own_under_a_policy():
     made, _ = loader(48, auto_augment="randaugment", crop_padding=0, flip=False)
-    made.images[:] = made.images[0].clone()
+    made.crops.images[:] = made.crops.images[0].clone()
     first, second, third = (batch.images for batch in made.epoch(1))
     assert not torch.equal(first, second)
     assert not torch.equal(second, third)
@@ -180,8 +192,132 @@ def test_normalize_is_exact_at_the_ends():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("train", [{}, *AUGMENTATIONS])
+@pytest.mark.parametrize("train", [{}, *AUGMENTATIONS, *RESIZED])
 def test_batches_have_the_memory_format_asked_for(layout, train):
     made, _ = loader(**train)
     made.memory_format = layout
     assert next(iter(made.epoch(1))).images.is_contiguous(memory_format=layout)
+
+
+def epoch_by_hand(images, train, seed, epoch):
+    """An epoch of padded crops as it always was, written out: seeds and order of all draws."""
+
+    def numbers(*more):
+        return (
+            int(np.random.SeedSequence((seed, epoch, *more)).generate_state(1, np.uint64)[0]) // 2
+        )
+
+    rng = torch.Generator().manual_seed(numbers(1))
+    mixing = np.random.default_rng(numbers(2))
+    pad = train.crop_padding
+    padded = torch.from_numpy(np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0))))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(numbers(0)))
+    for i, index in enumerate(order.split(train.batch_size)):
+        x = augment.crop_and_flip(padded, index, images.shape[1], train.flip, rng)
+        if train.auto_augment != "none":
+            x = augment.auto_augment(x, augment.policy(train.auto_augment), numbers(3, i))
+        x = normalize(x, MEAN, STD)
+        if train.cutout:
+            x = augment.cutout(x, train.cutout, rng)
+        yield augment.mix(Batch(x, index), train.mixup, train.cutmix, mixing)
+
+
+def assert_same(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert a.share == b.share
+        assert a.other is b.other is None or torch.equal(a.other, b.other)
+
+
+@pytest.mark.parametrize("train", [{}, *AUGMENTATIONS])
+def test_batches_are_those_that_they_always_were(train):
+    made, images = loader(**train, seed=3)
+    assert isinstance(made.crops, Resident)
+    assert_same(made.epoch(7), epoch_by_hand(images, made.train, 3, 7))
+
+
+@pytest.fixture
+def mapped(monkeypatch, tmp_path):
+    """A loader whose images lie in a memory map, too large to be held."""
+    monkeypatch.setattr(loading, "RESIDENT_CPU", 100)
+
+    def make(count=50, size=8, **train):
+        images = np.random.default_rng(0).integers(1, 256, (count, size, size, 3), dtype=np.uint8)
+        np.save(tmp_path / "images.npy", images)
+        pixels = Pixels(np.load(tmp_path / "images.npy", mmap_mode="r"), np.arange(count))
+        settings = Train(**{"batch_size": 16, "crop_padding": 2, **train})
+        cpu = torch.device("cpu")
+        return Loader(pixels, mean=MEAN, std=STD, train=settings, seed=0, device=cpu), pixels
+
+    return make
+
+
+@pytest.mark.parametrize("train", [{}, {"batch_size": 3}, *AUGMENTATIONS, *RESIZED])
+def test_batches_of_a_memory_map_are_those_of_images_in_memory(mapped, monkeypatch, train):
+    from_disk, _ = mapped(**train)
+    assert isinstance(from_disk.crops, Mapped)
+    monkeypatch.undo()
+    held, _ = loader(**train)
+    assert isinstance(held.crops, Resident)
+    for epoch in (1, 2):
+        assert_same(from_disk.epoch(epoch), held.epoch(epoch))
+
+
+def test_a_memory_map_is_never_copied_whole(mapped):
+    made, pixels = mapped(2000, 64)
+    whole = pixels.images.nbytes
+    assert isinstance(made.crops.images, np.memmap)
+    tracemalloc.start()
+    try:
+        sizes = [len(batch.labels) for batch in made.epoch(1)]
+        sizes += [len(part) for part in batches(pixels, 50, 0)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(sizes) == 2 * 2000
+    assert peak < whole / 10
+
+
+def test_an_epoch_that_is_left_ends_the_reading(mapped):
+    made, _ = mapped(batch_size=2)
+    epoch = made.epoch(1)
+    first = next(epoch)
+    epoch.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+    assert torch.equal(next(made.epoch(1)).images, first.images)
+
+
+def test_what_does_not_fit_the_device_stays_on_disk():
+    one, cpu = np.zeros((1, 4, 4, 3), np.uint8), torch.device("cpu")
+    assert isinstance(crops(Pixels(one, np.zeros(1, np.int64)), Train(), cpu), Resident)
+    many = np.broadcast_to(one, (1 << 26, 4, 4, 3))  # takes no memory
+    assert many.nbytes > loading.RESIDENT_CPU
+    assert isinstance(crops(Pixels(many, np.zeros(1, np.int64)), Train(), cpu), Mapped)
+
+
+def test_evaluation_sees_all_images_in_order(mapped):
+    _, pixels = mapped()
+    for images in (pixels, Pixels(np.array(pixels.images), pixels.labels)):
+        parts = list(batches(images, 20, 0))
+        assert [len(part) for part in parts] == [25, 25]
+        assert torch.equal(torch.cat(parts), torch.from_numpy(np.array(pixels.images)))
+
+
+def test_resized_crops_of_the_whole_area_are_the_images_themselves():
+    """Only a square box has room then, and its pixels are those of the image."""
+    made, images = loader(100, crop="resized", crop_padding=4, crop_scale=(1, 1), flip=False)
+    for x, y, *_ in made.epoch(1):
+        assert torch.equal(x, normalize(torch.from_numpy(images[y]), MEAN, STD))
+
+
+def test_colours_change_and_crops_do_not():
+    plain = torch.cat([batch.images for batch in loader(100)[0].epoch(1)])
+    jittered = torch.cat([b.images for b in loader(100, color_jitter=[0.5])[0].epoch(1)])
+    assert not torch.equal(plain, jittered)
+    # Brightness multiplies each image: zeros, of the padding, stay, and what is larger stays so.
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    before, after = ((x * std + mean).mul(255).round() for x in (plain, jittered))
+    for x, y in zip(before.flatten(1), after.flatten(1), strict=True):
+        assert (y[x.argsort(stable=True)].diff() >= 0).all()
+        assert (y[x == 0] == 0).all()

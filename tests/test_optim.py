@@ -281,7 +281,7 @@ def watched(tiny_recipe, tiny_set, monkeypatch):
         model = build_model(recipe, tiny_set.counts, 8)
         objective = Watched(model, build_loss(recipe.loss, tiny_set.counts), torch.zeros(4).long())
         device = torch.device("cpu")
-        loader = build_loader(recipe, tiny_set, *tiny_set.load("train"), device)
+        loader = build_loader(recipe, tiny_set, tiny_set.open("train"), device)
         rates, plain = [], optim.Optimizer.step
 
         def noting(self):

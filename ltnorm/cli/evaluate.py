@@ -55,6 +55,7 @@ def command(
     root: options.Root = options.ROOT,
     data_dir: options.DataDir = options.DATA_DIR,
     device: options.Device = None,
+    workers: options.Workers = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -80,19 +81,19 @@ def command(
     from ltnorm.evaluation.posthoc import Corrections
     from ltnorm.training.run import load_run
 
-    trained = load_run(run, root, data_dir, device)
+    trained = load_run(run, root, data_dir, device, workers)
     recipe, data, model, where = trained.recipe, trained.data, trained.model, trained.device
-    split = split or recipe.eval.split
-    corrections = Corrections(model, data, split, recipe.eval.groups, where)
+    split, groups = split or recipe.eval.split, recipe.eval.groups
+    corrections = Corrections(model, data, split, groups, where, recipe.workers)
     if tau_norm:
         corrections.tau_norm(tau)
     for value in taus:
         corrections.logit_adjust(value)
     if ncm:
         corrections.ncm()
-    measured = {TRAINED: evaluate_split(model, data, split, recipe.eval.groups, where)}
+    measured = {TRAINED: evaluate_split(model, data, split, groups, where, recipe.workers)}
     recalibrated = {
-        sampling: evaluate_split(m, data, split, recipe.eval.groups, where)
+        sampling: evaluate_split(m, data, split, groups, where, recipe.workers)
         for sampling, m in _recalibrated(recipe, model, data, recalibrate or (), where).items()
     }
     rows = {f"recalibrated {sampling}": found for sampling, found in recalibrated.items()}

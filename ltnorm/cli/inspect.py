@@ -37,6 +37,7 @@ def command(
     root: options.Root = options.ROOT,
     data_dir: options.DataDir = options.DATA_DIR,
     device: options.Device = None,
+    workers: options.Workers = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -66,7 +67,7 @@ def command(
 
     seen, densities = [], []
     for run in runs:
-        trained = load_run(run, root, data_dir, device)
+        trained = load_run(run, root, data_dir, device, workers)
         inspector = _inspector(trained, split)
         inspector.check_layer(layer)
         found = inspector.inspect()
@@ -89,7 +90,13 @@ def _inspector(trained: Any, split: Any) -> Any:
     recipe = trained.recipe
     split = split or recipe.eval.split
     return Inspector(
-        trained.model, recipe.norm.name, trained.data, split, recipe.eval.groups, trained.device
+        trained.model,
+        recipe.norm.name,
+        trained.data,
+        split,
+        recipe.eval.groups,
+        trained.device,
+        recipe.workers,
     )
 
 

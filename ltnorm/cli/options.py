@@ -47,6 +47,15 @@ Set = Annotated[
     typer.Option("--set", help="Any key of the recipe: `--set norm.components=3`."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=0,
+        max=1024,
+        help="Processes that decode image files (all cores; half of them where the CPU trains).",
+    ),
+]
 Model = Annotated[str | None, typer.Option("--model", help="Backbone; see `ltnorm list models`.")]
 Loss = Annotated[str | None, typer.Option("--loss", help="Loss; see `ltnorm list losses`.")]
 Sampler = Annotated[
@@ -87,6 +96,7 @@ RECIPE_FLAGS = {
     "precision": "train.precision",
     "tag": "tag",
     "device": "device",
+    "workers": "workers",
 }
 ROOT, DATA_DIR, OUT = DEFAULT_ROOT, Path("data"), Path("results")
 

@@ -22,6 +22,8 @@ FLAGS = {
     "lr": "retrain.lr",
     "tau": "retrain.tau",
     "tag": "retrain.tag",
+    "device": "device",
+    "workers": "workers",
 }
 
 
@@ -62,6 +64,7 @@ def command(
     ] = None,
     tag: options.Tag = None,
     device: options.Device = None,
+    workers: options.Workers = None,
     root: options.Root = options.ROOT,
     data_dir: options.DataDir = options.DATA_DIR,
     out: Annotated[
@@ -86,7 +89,7 @@ def command(
     planned: list[train.Job] = []
     with train.interruptible(done, planned, force):
         runs = list(dict.fromkeys(runs))
-        recipes = [_recipe(run, flags, set_ or (), device) for run in runs]
+        recipes = [_recipe(run, flags, set_ or ()) for run in runs]
         places = [out or _tree(run) for run in runs]
         if dry_run:
             planned_runs = list(zip(recipes, places, strict=True))
@@ -100,7 +103,7 @@ def command(
         train.run_all(planned, done, output)
 
 
-def _recipe(run: Path, flags: dict[str, Any], sets: Sequence[str], device: str | None) -> Any:
+def _recipe(run: Path, flags: dict[str, Any], sets: Sequence[str]) -> Any:
     """The recipe of both stages: that of a finished run, and the flags; checked."""
     from ltnorm.resolve import Overrides, resolve
     from ltnorm.training import checkpoint, twostage
@@ -118,8 +121,7 @@ def _recipe(run: Path, flags: dict[str, Any], sets: Sequence[str], device: str |
             f"{run} is a second stage itself ({first.retrain.method})",
             "name the run that it started from",
         )
-    chosen = {"device": device} if device else {}
-    overrides = Overrides(flags | chosen, sets, [first.norm.name], [first.seed])
+    overrides = Overrides(flags, sets, [first.norm.name], [first.seed])
     [recipe] = resolve(first.model_dump(), overrides)
     twostage.check_finished(checkpoint.file_of(run).parent)
     resolve_device(recipe.device)

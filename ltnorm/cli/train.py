@@ -77,6 +77,7 @@ def command(
     lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
     precision: options.Precision = None,
     device: options.Device = None,
+    workers: options.Workers = None,
     set_: options.Set = None,
     eval_split: Annotated[
         str | None,

@@ -1,4 +1,4 @@
-"""The training set on the device, in augmented batches: indexing instead of worker processes."""
+"""Batches of images on the device: augmented ones of a training set, and a split in order."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,8 +8,14 @@ from torch import Tensor
 
 from ltnorm.data import augment
 from ltnorm.data.augment import Batch
+from ltnorm.data.files import Decoded, evaluated
+from ltnorm.data.pixels import Mapped, Resident
 from ltnorm.data.sampling import Sampler, draw
+from ltnorm.data.source import Files, Images
 from ltnorm.recipe import Train
+
+# Images of more bytes than this stay on disk.
+RESIDENT_CPU, RESIDENT = 2 << 30, 4 << 30
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -18,29 +24,65 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.to(torch.float32).sub_(mean_).div_(std_).permute(0, 3, 1, 2)
 
 
+def crops(
+    images: Images, train: Train, device: torch.device, workers: int | None = None
+) -> Resident | Mapped | Decoded:
+    """What makes the cropped images of training batches: decoded by workers, mapped, or resident.
+
+    Its `batches(order, batch_size, rng)` are uint8 [B, S, S, 3] on the device.
+    """
+    if isinstance(images, Files):
+        return Decoded(images, train, device, workers)
+    limit = RESIDENT_CPU if device.type == "cpu" else RESIDENT
+    return (Resident if images.images.nbytes <= limit else Mapped)(images, train, device)
+
+
+def batches(images: Images, size: int, workers: int) -> Iterator[Tensor]:
+    """All images in order, without augmentation: uint8 [B, S, S, 3] on the CPU.
+
+    Memory is constant in their number where they are files or a memory map.
+
+    Args:
+        images: files are resized and cropped in the centre.
+        size: at least so many images a batch, and less than twice as many; or all in one.
+        workers: processes that decode files.
+
+    Raises:
+        LtnormError: a file does not decode.
+        RuntimeError: a worker was killed; see `files.workers_watched`.
+    """
+    count = max(1, len(images) // size)
+    if isinstance(images, Files):
+        yield from evaluated(images, np.array_split(np.arange(len(images)), count), workers)
+    else:
+        for part in np.array_split(images.images, count):
+            yield torch.from_numpy(np.array(part))  # a copy: a memory map is read here
+
+
 class Loader:
-    """Augmented training batches, the whole set lying on the device as uint8.
+    """Augmented training batches.
 
     The order and the augmentation of an epoch follow from (seed, epoch) alone, so that runs with
     different norms pair, and that no state is carried between epochs. Order, crops (with
-    cutout), policy and mixing have random numbers of their own: none changes with another. The
-    last partial batch is kept; a batch of one image is dropped.
+    cutout), colours and mixing have random numbers of their own: none changes with another. (Of
+    files an image's colours follow its crop, and cutout has numbers of its own.) The last partial
+    batch is kept; a batch of one image is dropped.
 
     Args:
-        images: uint8 [N, H, W, 3]. labels: int64 [N].
+        images: with labels, int64 [N]. Pixels lie on the device where they fit (see `crops`).
         mean, std: of the channels, in 0 .. 1.
         train: batch size and augmentation.
         seed: of order and augmentation.
-        device: where the set lies and batches are made.
+        device: where batches are made.
         memory_format: of the batches.
         sampler: progress -> the probability of each class, [C] (see `ltnorm.data.sampling`);
             None is every image once an epoch.
+        workers: processes that decode files; None is as many as `worker_count` has.
     """
 
     def __init__(
         self,
-        images: np.ndarray,
-        labels: np.ndarray,
+        images: Images,
         *,
         mean: Sequence[float],
         std: Sequence[float],
@@ -49,15 +91,16 @@ class Loader:
         device: torch.device,
         memory_format: torch.memory_format = torch.channels_last,
         sampler: Sampler | None = None,
+        workers: int | None = None,
     ) -> None:
-        pad = train.crop_padding
-        padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        self.images = torch.from_numpy(padded).to(device)
-        self.labels = torch.from_numpy(labels).to(device)
-        self.size, self.mean, self.std, self.train = images.shape[1], mean, std, train
+        self.crops = crops(images, train, device, workers)
+        self.labels = torch.from_numpy(images.labels).to(device)
+        self.mean, self.std, self.train = mean, std, train
         self.seed, self.device, self.memory_format = seed, device, memory_format
         self.sampler = sampler
-        self.policy = None if train.auto_augment == "none" else augment.policy(train.auto_augment)
+        self.colours = None  # of files: workers change them
+        if not isinstance(images, Files):
+            self.colours = augment.of_one_image(train.color_jitter, train.auto_augment)
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -73,12 +116,13 @@ class Loader:
         """The batches of an epoch; `progress`, the part of training done, is for the sampler."""
         rng = torch.Generator(self.device).manual_seed(_seed(self.seed, epoch, 1))
         mixing = np.random.default_rng(_seed(self.seed, epoch, 2))
-        order = self._order(epoch, progress).to(self.device)
-        for i, index in enumerate(order.split(self.train.batch_size)[: len(self)]):
-            images = augment.crop_and_flip(self.images, index, self.size, self.train.flip, rng)
-            if self.policy:
-                seed = _seed(self.seed, epoch, 3, i)
-                images = augment.auto_augment(images, self.policy, seed)
+        order = self._order(epoch, progress)[: self.images_per_epoch]
+        size = self.train.batch_size
+        places = order.to(self.device).split(size)
+        made = self.crops.batches(order, size, rng)
+        for i, (index, images) in enumerate(zip(places, made, strict=True)):
+            if self.colours:
+                images = augment.auto_augment(images, self.colours, _seed(self.seed, epoch, 3, i))
             images = normalize(images, self.mean, self.std)
             if self.train.cutout:
                 images = augment.cutout(images, self.train.cutout, rng)

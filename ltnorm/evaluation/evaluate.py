@@ -4,43 +4,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltnorm.data.loader import normalize
+from ltnorm.data.files import worker_count, workers_watched
+from ltnorm.data.loader import batches, normalize
 from ltnorm.data.longtail import GROUP_NAMES, GroupScheme, report_groups
 from ltnorm.data.prepared import PreparedSet
-from ltnorm.data.source import Split
+from ltnorm.data.source import Images, Split
 from ltnorm.errors import LtnormError
 from ltnorm.evaluation import metrics
 
-BATCH = 500
+# Images a batch, and what their pixels may be: large images are fewer.
+BATCH, BATCH_PIXELS = 500, 64 * 224 * 224
 
 
 @torch.inference_mode()
+@workers_watched()
 def predict(
     model: nn.Module,
-    images: np.ndarray,
+    images: Images,
     *,
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
+    workers: int | None = None,
 ) -> Tensor:
-    """Logits float32 [N, C] on the CPU, for images uint8 [N, H, W, 3].
+    """Logits float32 [N, C] on the CPU, in the order of the images.
 
     Always in float32 (TF32 convolutions off), whatever the precision of training, so that a
-    checkpoint has one accuracy.
+    checkpoint has one accuracy. `workers` decode files; None is as many as `worker_count` has.
 
     Raises:
-        LtnormError: logits that are not finite.
+        LtnormError: logits that are not finite, or a file that does not decode.
     """
     model.eval()
+    size = max(1, min(BATCH, BATCH_PIXELS // images.image_size**2))
     with torch.backends.cudnn.flags(allow_tf32=False):
         logits = torch.cat(
             [
-                model(normalize(torch.from_numpy(part).to(device), mean, std)).cpu()
-                for part in np.array_split(images, max(1, len(images) // BATCH))
+                model(normalize(part.to(device), mean, std)).cpu()
+                for part in batches(images, size, worker_count(workers, device))
             ]
         )
     if not logits.isfinite().all():
@@ -78,13 +82,17 @@ class Evaluation:
 
 
 def evaluate_split(
-    model: nn.Module, data: PreparedSet, split: Split, scheme: GroupScheme, device: torch.device
+    model: nn.Module,
+    data: PreparedSet,
+    split: Split,
+    scheme: GroupScheme,
+    device: torch.device,
+    workers: int | None = None,
 ) -> Evaluation:
     """Evaluate a model on one split of a prepared set; the other splits are not opened."""
-    images, labels = data.load(split)
-    mean, std = data.manifest["mean"], data.manifest["std"]
-    logits = predict(model, images, mean=mean, std=std, device=device)
-    return of_logits(logits, torch.from_numpy(labels), data, scheme)
+    images = data.open(split)
+    logits = predict(model, images, mean=data.mean, std=data.std, device=device, workers=workers)
+    return of_logits(logits, torch.from_numpy(images.labels), data, scheme)
 
 
 def of_logits(logits: Tensor, labels: Tensor, data: PreparedSet, scheme: GroupScheme) -> Evaluation:

@@ -177,6 +177,7 @@ class Inspector:
         data, split: the images; no other split is opened.
         scheme: how classes are grouped (see `report_groups`).
         device: where the model is.
+        workers: processes that decode files.
     """
 
     def __init__(
@@ -187,12 +188,13 @@ class Inspector:
         split: Split,
         scheme: GroupScheme,
         device: torch.device,
+        workers: int | None = None,
     ) -> None:
         self.model, self.layers, self.device = model, norm_layers(model, norm), device
-        self.data, self.split = data, split
-        self.images, labels = data.load(split)
+        self.data, self.split, self.workers = data, split, workers
+        self.images = data.open(split)
         self.scheme, of_class = report_groups(data.counts, scheme)
-        names = np.array(of_class)[labels]
+        names = np.array(of_class)[self.images.labels]
         self.groups = [name for name in GROUP_NAMES if (names == name).any()]
         self.group = torch.tensor([self.groups.index(name) for name in names])
 
@@ -258,14 +260,14 @@ class Inspector:
 
         hooks = [self.model.register_forward_pre_hook(next_batch)]
         hooks += [self.layers[n].register_forward_pre_hook(show(n)) for n in observers]
-        manifest = self.data.manifest
         try:
             predict(
                 self.model,
                 self.images,
-                mean=manifest["mean"],
-                std=manifest["std"],
+                mean=self.data.mean,
+                std=self.data.std,
                 device=self.device,
+                workers=self.workers,
             )
         finally:
             for hook in hooks:

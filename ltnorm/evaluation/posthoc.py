@@ -97,19 +97,26 @@ class Outputs:
     labels: Tensor
 
 
-def outputs(model: nn.Module, data: PreparedSet, split: Split, device: torch.device) -> Outputs:
-    """The features and logits of a split, without augmentation."""
-    images, labels = data.load(split)
+def outputs(
+    model: nn.Module,
+    data: PreparedSet,
+    split: Split,
+    device: torch.device,
+    workers: int | None = None,
+) -> Outputs:
+    """The features and logits of a split, without augmentation; `workers` decode files."""
+    images = data.open(split)
     features: list[Tensor] = []
     hook = classifier(model).register_forward_pre_hook(
         lambda _, inputs: features.append(inputs[0].cpu())
     )
     try:
-        mean, std = data.manifest["mean"], data.manifest["std"]
-        logits = predict(model, images, mean=mean, std=std, device=device)
+        logits = predict(
+            model, images, mean=data.mean, std=data.std, device=device, workers=workers
+        )
     finally:
         hook.remove()
-    return Outputs(torch.cat(features), logits, torch.from_numpy(labels))
+    return Outputs(torch.cat(features), logits, torch.from_numpy(images.labels))
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,7 @@ class Corrections:
         data, split: the images that are evaluated.
         scheme: how classes are grouped.
         device: where the model is.
+        workers: processes that decode files.
     """
 
     def __init__(
@@ -141,9 +149,10 @@ class Corrections:
         split: Split,
         scheme: GroupScheme,
         device: torch.device,
+        workers: int | None = None,
     ) -> None:
         self.model, self.data, self.split = model, data, split
-        self.scheme, self.device = scheme, device
+        self.scheme, self.device, self.workers = scheme, device, workers
         self.measured: dict[str, Correction] = {}
         self._outputs: dict[str, Outputs] = {}
 
@@ -204,7 +213,8 @@ class Corrections:
 
     def _of(self, split: Split) -> Outputs:
         if split not in self._outputs:
-            self._outputs[split] = outputs(self.model, self.data, split, self.device)
+            found = outputs(self.model, self.data, split, self.device, self.workers)
+            self._outputs[split] = found
         return self._outputs[split]
 
     def _add(

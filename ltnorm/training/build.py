@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -11,6 +10,7 @@ from ltnorm import losses, models, registry
 from ltnorm.data import class_groups, sampling
 from ltnorm.data.loader import Loader
 from ltnorm.data.prepared import PreparedSet
+from ltnorm.data.source import Files, Images
 from ltnorm.errors import UsageError
 from ltnorm.norms import RoutedNorm, norm_layer
 from ltnorm.recipe import Loss, Recipe, Sampler, Train
@@ -92,26 +92,29 @@ def build_objective(recipe: Recipe, model: nn.Module, counts: list[int]) -> Sing
 def build_loader(
     recipe: Recipe,
     data: PreparedSet,
-    images: np.ndarray,
-    labels: np.ndarray,
+    images: Images,
     device: torch.device,
     sampler: Sampler | None = None,
 ) -> Loader:
     """Batches of training images of a prepared set, as the recipe has them.
 
     `sampler` is another one than the recipe's.
+
+    Raises:
+        UsageError: a crop that these images cannot have.
     """
+    check_crop(recipe.train, isinstance(images, Files))
     sampler = sampler or recipe.sampler
     return Loader(
         images,
-        labels,
-        mean=data.manifest["mean"],
-        std=data.manifest["std"],
+        mean=data.mean,
+        std=data.std,
         train=recipe.train,
         seed=recipe.seed,
         device=device,
         sampler=sampling.build(sampler.name, data.counts, **sampler.options),
         memory_format=memory_format(device, recipe.train.precision),
+        workers=recipe.workers,
     )
 
 
@@ -127,11 +130,17 @@ def doubts(train: Train) -> Iterator[str]:
         yield f"a learning rate of {train.lr:g} is SGD's; AdamW mostly takes --lr 0.001"
 
 
-def check(recipe: Recipe, counts: list[int], splits: Sequence[str]) -> None:
-    """What can only be checked once the data is known: its training images a class, its splits.
+def check(recipe: Recipe, counts: list[int], splits: Sequence[str], files: bool = False) -> None:
+    """What can only be checked once the data is known.
+
+    Args:
+        recipe: the run.
+        counts, splits: of the data: its training images a class, its splits.
+        files: whether its images stay files.
 
     Raises:
-        UsageError: a batch larger than the set, more components than classes, no such split.
+        UsageError: a batch larger than the set, more components than classes, no such split, a
+            crop that the images cannot have.
     """
     images = sum(counts)
     if recipe.train.batch_size > images:
@@ -143,3 +152,20 @@ def check(recipe: Recipe, counts: list[int], splits: Sequence[str]) -> None:
         class_groups(counts, recipe.norm.options["components"])
     if recipe.eval.split not in splits:
         raise UsageError(f"the data has no {recipe.eval.split} split", "--val N holds out images")
+    check_crop(recipe.train, files)
+
+
+def check_crop(train: Train, files: bool) -> None:
+    """Raises UsageError for a crop that images, files or pixels, cannot have, or its options."""
+    if files and train.crop == "padded":
+        raise UsageError(
+            "train.crop: padded is for images of one size, those of this set are files",
+            "leave it out, or prepare the set with --cache-size",
+        )
+    crop = train.cropped(files)
+    key = "crop_padding" if crop == "resized" else "crop_scale"
+    if getattr(train, key) != Train.model_fields[key].default:
+        what = "files are cropped" if files else "images of one size are cropped"
+        raise UsageError(
+            f"train.{key}: has no effect, {what} as train.crop={crop}", f"leave train.{key} out"
+        )

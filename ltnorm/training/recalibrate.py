@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ltnorm.data.files import workers_watched
 from ltnorm.data.prepared import PreparedSet
 from ltnorm.data.sampling import balanced
 from ltnorm.norms.recalibrate import recalibrating
@@ -32,10 +33,10 @@ def recalibrated(
         ValueError: a norm without running statistics.
     """
     model = copy.deepcopy(model)
-    loader = build_loader(recipe, data, *data.load("train"), device)
+    loader = build_loader(recipe, data, data.open("train"), device)
     loader.sampler = partial(balanced, data.counts) if sampling == "balanced" else None
     objective = build_objective(recipe, model, data.counts).to(device)
-    with recalibrating(model):
+    with recalibrating(model), workers_watched():
         for batch in loader.epoch(EPOCH):
             objective(*batch)
     return model.eval()

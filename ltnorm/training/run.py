@@ -16,6 +16,7 @@ from torch import nn
 
 from ltnorm import __version__
 from ltnorm.console import Output
+from ltnorm.data.files import workers_watched
 from ltnorm.data.prepare import prepare
 from ltnorm.data.prepared import PreparedSet
 from ltnorm.errors import LtnormError
@@ -76,13 +77,20 @@ class Training:
     devices: Sequence[str] = ()
 
 
-def load_run(path: Path, root: Path, data_dir: Path, device: str | None = None) -> TrainedRun:
+def load_run(
+    path: Path,
+    root: Path,
+    data_dir: Path,
+    device: str | None = None,
+    workers: int | None = None,
+) -> TrainedRun:
     """Load what a run has trained, by its checkpoint.
 
     Args:
         path: a run's directory, or a checkpoint.
         root, data_dir: where the raw and the prepared data lie; a set that is missing is prepared.
         device: where the model goes, by name; None is the recipe's.
+        workers: processes that decode files; None is the recipe's.
 
     Raises:
         NothingFound: no checkpoint.
@@ -92,6 +100,8 @@ def load_run(path: Path, root: Path, data_dir: Path, device: str | None = None) 
     """
     saved = checkpoint.load(path)
     recipe = saved.parsed_recipe()
+    if workers is not None:
+        recipe = recipe.model_copy(update={"workers": workers})
     data = prepare(recipe.dataset, root, data_dir)
     if data.index_sha256 != saved.index_sha256:
         raise LtnormError(
@@ -148,7 +158,8 @@ def run(
 def explained(recipe: Recipe, out: Path) -> Iterator[None]:
     """What a run meets in the world as an expected failure."""
     try:
-        yield
+        with workers_watched():
+            yield
     except OSError as error:
         raise LtnormError(
             f"cannot read or write {error.filename or out}: {error.strerror or error}",
@@ -176,7 +187,7 @@ def _train(
     pretrained: Path | None,
 ) -> Training:
     train = recipe.train
-    loader = build_loader(recipe, data, *data.load("train"), device)
+    loader = build_loader(recipe, data, data.open("train"), device)
     model = build_model(recipe, data.counts, data.image_size, pretrained, output.note)
     objective = build_objective(recipe, model, data.counts)
     objective.to(device=device, memory_format=loader.memory_format)
@@ -205,7 +216,8 @@ def measuring(
         if not recipe.eval.every or epoch % recipe.eval.every:
             return None
         split, groups = recipe.eval.split, recipe.eval.groups
-        return evaluate_split(model, data, split, groups, device).metrics.accuracy
+        found = evaluate_split(model, data, split, groups, device, recipe.workers)
+        return found.metrics.accuracy
 
     return measure
 
@@ -248,7 +260,8 @@ def finish(
     directory: Path, recipe: Recipe, data: PreparedSet, done: Training, device: torch.device
 ) -> schema.Result:
     """Evaluate what a run has trained and write all of it, the result row last."""
-    measured = evaluate_split(done.model, data, recipe.eval.split, recipe.eval.groups, device)
+    split, groups = recipe.eval.split, recipe.eval.groups
+    measured = evaluate_split(done.model, data, split, groups, device, recipe.workers)
     _save(directory, recipe, data, done, measured)
     seconds = sum(epoch.seconds for epoch in done.epochs)
     images = sum(epoch.images for epoch in done.epochs)

@@ -142,12 +142,12 @@ def _computed(
     method, tau, start = recipe.retrain.method, recipe.retrain.tau, time.perf_counter()
     layer, images, counts = classifier(model), 0, data.counts
     if method == "ncm":
-        seen = posthoc.outputs(model, data, "train", device)
+        seen = posthoc.outputs(model, data, "train", device, recipe.workers)
         images += len(seen.labels)
         layer = posthoc.nearest_class_mean(layer, seen)
     else:
         if tau is None:
-            held = posthoc.outputs(model, data, "val", device)
+            held = posthoc.outputs(model, data, "val", device, recipe.workers)
             images += len(held.labels)
             tau = posthoc.tune(
                 lambda t: posthoc.corrected(layer, method, t, counts)(held.features), held.labels
@@ -165,8 +165,7 @@ def _retrained(
     assert recipe.retrain
     train = settings(recipe)
     stage = recipe.model_copy(update={"train": train, "loss": recipe.retrain.loss})
-    images, labels = data.load("train")
-    loader = build_loader(stage, data, images, labels, device, recipe.retrain.sampler)
+    loader = build_loader(stage, data, data.open("train"), device, recipe.retrain.sampler)
     objective = _objective(stage, model, data.counts)
     scale = _open(objective, recipe)
     objective.to(device=device, memory_format=loader.memory_format)
@@ -196,7 +195,8 @@ def settings(recipe: Recipe) -> Train:
     assert recipe.retrain
     first, defaults = recipe.train, Train()
     kept = ("batch_size", "weight_decay", "decay_norm", "precision")
-    kept += ("crop_padding", "flip", "cutout", "auto_augment")
+    kept += ("crop", "crop_padding", "crop_scale", "flip", "color_jitter")
+    kept += ("cutout", "auto_augment")
     kept += ("momentum", "nesterov") if first.optimizer != "adamw" else ()
     changed = {key: getattr(first, key) for key in kept}
     changed |= {"epochs": recipe.retrain.epochs, "lr": recipe.retrain.lr}

@@ -8,6 +8,7 @@ import torch
 
 from ltnorm import bench
 from ltnorm.data.loader import Loader
+from ltnorm.data.source import Pixels
 from ltnorm.recipe import Train
 from ltnorm.validation import validate
 
@@ -47,8 +48,10 @@ def _batches(**augmentation):
     """A function that makes one batch after the other."""
     rng = np.random.default_rng(0)
     loader = Loader(
-        rng.integers(0, 256, size=(10000, 32, 32, 3), dtype=np.uint8),
-        rng.integers(10, size=10000),
+        Pixels(
+            rng.integers(0, 256, size=(10000, 32, 32, 3), dtype=np.uint8),
+            rng.integers(10, size=10000),
+        ),
         mean=(0.5,) * 3,
         std=(0.25,) * 3,
         train=Train(**augmentation),

@@ -1,0 +1,276 @@
+"""Images that stay files: decoded in workers, the same whatever the number of workers."""
+
+import os
+import random
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+
+from ltnorm.data import files as decoding
+from ltnorm.data.decode import decode
+from ltnorm.data.files import Decoded, worker_count, workers_watched
+from ltnorm.data.loader import Loader, batches, normalize
+from ltnorm.data.source import IMAGENET_MEAN, IMAGENET_STD, Files
+from ltnorm.errors import LtnormError
+from ltnorm.evaluation.evaluate import predict
+from ltnorm.recipe import Train
+
+CPU = torch.device("cpu")
+COUNT, SIZE, RESIZE = 21, 16, 20
+EVERYTHING = {"color_jitter": 0.4, "auto_augment": "randaugment", "cutout": 4, "mixup": 0.5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Files of COUNT images of different shapes, most of them JPEGs, one of a strange name."""
+    root, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    for i in range(COUNT):
+        shape = (24 + i, 40 - i, 3)
+        image = Image.fromarray(rng.integers(256, size=(4, 4, 3), dtype=np.uint8))
+        image = image.resize(shape[1::-1], Image.Resampling.BICUBIC)
+        image.save(root / NAMES[i])
+    return root
+
+
+NAMES = [f"{i}.png" if i % 5 == 0 else f"ä, '{i}'.jpg" for i in range(COUNT)]
+
+
+def files_of(root, names=NAMES):
+    paths = np.array([os.fsencode(name) for name in names])
+    return Files(root, paths, np.arange(len(names)), image_size=SIZE, resize=RESIZE)
+
+
+def loader(files, workers=0, seed=0, **train):
+    return Loader(
+        files,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        train=Train(**{"batch_size": 8, **train}),
+        seed=seed,
+        device=CPU,
+        workers=workers,
+    )
+
+
+def same(first, second):
+    pairs = zip(first, second, strict=True)
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize("train", [{}, EVERYTHING])
+def test_batches_follow_from_seed_and_epoch_whatever_the_number_of_workers(folder, train):
+    files = files_of(folder)
+    alone = loader(files, 0, **train)
+    first, second = list(alone.epoch(1)), list(alone.epoch(2))
+    assert [len(batch.labels) for batch in first] == [8, 8, 5]
+    assert sorted(torch.cat([batch.labels for batch in first]).tolist()) == list(range(COUNT))
+    assert not same(first, second)
+    for workers in (1, 2, 3):
+        made = loader(files, workers, **train)
+        assert same(made.epoch(1), first)
+        assert same(made.epoch(2), second)
+        assert same(made.epoch(1), first)
+    assert not same(loader(files, 0, seed=1, **train).epoch(1), first)
+
+
+def test_an_image_drawn_twice_is_cropped_twice(folder):
+    made = Decoded(files_of(folder), Train(batch_size=4), CPU, 0)
+    [batch] = made.batches(torch.full((4,), 7), 4, torch.Generator().manual_seed(0))
+    assert len({bytes(image.flatten().tolist()) for image in batch}) == 4
+
+
+def test_crops_are_torchvisions(folder):
+    """The same boxes from the same random numbers, and the same values, as users would have."""
+    files = files_of(folder)
+    peer = v2.Compose([v2.RandomResizedCrop(SIZE, (0.2, 0.9)), v2.ColorJitter(0.4, 0.4, 0.4)])
+    train = Train(crop_scale=(0.2, 0.9), flip=False, color_jitter=0.4)
+    images = decoding._Images(files, decoding._Training(train, SIZE))
+    for i in range(COUNT):
+        image = decoding.image_of(str(folder / NAMES[i]))
+        torch.manual_seed(100 + i)
+        expected = peer(image).permute(1, 2, 0)
+        assert torch.equal(images[i, 100 + i], expected)
+
+
+def test_half_of_the_crops_are_mirrored(folder):
+    files = files_of(folder)
+    plain, flipped = (
+        decoding._Images(files, decoding._Training(Train(flip=flip), SIZE))
+        for flip in (False, True)
+    )
+    mirrored = 0
+    for seed in range(60):
+        crop, made = plain[1, seed], flipped[1, seed]
+        turned = torch.equal(made, crop.flip(1)) and not torch.equal(made, crop)
+        assert turned or torch.equal(made, crop)
+        mirrored += turned
+    assert 15 < mirrored < 45
+
+
+def test_colours_and_policies_do_not_change_the_crops(folder):
+    files = files_of(folder)
+    for seed in range(30):
+        plain, brighter = (
+            decoding._Images(files, decoding._Training(train, SIZE))[1, seed]
+            for train in (Train(), Train(color_jitter=[0.5]))
+        )
+        # (Brightness multiplies: what is the largest stays the largest.)
+        order = plain.float().flatten().argsort(stable=True)
+        assert (brighter.flatten()[order].float().diff() >= 0).all()
+
+
+def test_of_the_global_random_numbers_none_are_used(folder):
+    def state():
+        of_numpy = np.random.get_state()[1].tolist()
+        return torch.get_rng_state().tolist(), random.getstate(), of_numpy
+
+    before = state()
+    for workers in (0, 2):
+        list(loader(files_of(folder), workers, **EVERYTHING).epoch(1))
+        list(batches(files_of(folder), 8, workers))
+    assert state() == before
+
+
+def test_what_is_evaluated_is_the_centre_in_order(folder):
+    change = v2.Compose([v2.Resize(RESIZE), v2.CenterCrop(SIZE)])
+    expected = torch.stack(
+        [change(decoding.image_of(str(folder / name))).permute(1, 2, 0) for name in NAMES]
+    )
+    for workers in (0, 1, 3):
+        parts = list(batches(files_of(folder), 8, workers))
+        assert [len(part) for part in parts] == [11, 10]
+        assert torch.equal(torch.cat(parts), expected)
+    upright = np.asarray(decode(folder / NAMES[1]))
+    assert np.array_equal(decoding.image_of(str(folder / NAMES[1])).permute(1, 2, 0), upright)
+
+
+@pytest.mark.parametrize("kind", ["L", "P", "RGBA", "I;16", "CMYK", "EXIF"])
+def test_every_kind_of_file_comes_out_as_pillow_says(kind, tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(24, 30, 3), dtype=np.uint8)
+    image, path, more = Image.fromarray(pixels), tmp_path / "x.png", {}
+    if kind == "I;16":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    elif kind == "EXIF":
+        more["exif"] = Image.Exif()
+        more["exif"][0x0112] = 6
+    else:
+        image = image.convert(kind)
+    if kind in ("L", "CMYK", "EXIF"):
+        path = tmp_path / "x.jpg"
+    image.save(path, **more)
+    found = decoding.image_of(str(path))
+    assert found.shape == ((3, 30, 24) if kind == "EXIF" else (3, 24, 30))
+    assert np.array_equal(found.permute(1, 2, 0), np.asarray(decode(path)))
+
+
+class Mean(nn.Module):
+    """Its logits are the mean colours."""
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def test_logits_of_files_are_those_of_their_centres_whatever_the_number_of_workers(folder):
+    files = files_of(folder)
+    [centres] = batches(files, COUNT, 0)
+    expected = normalize(centres, IMAGENET_MEAN, IMAGENET_STD).mean((2, 3))
+    for workers in (0, 2):
+        given = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "device": CPU, "workers": workers}
+        torch.testing.assert_close(predict(Mean(), files, **given), expected)
+
+
+def broken(folder, tmp_path, content=None):
+    """The files of a folder, of which one is missing or holds other bytes."""
+    for name in NAMES:
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / NAMES[11]).unlink()
+    if content is not None:
+        (tmp_path / NAMES[11]).write_bytes(content)
+    return files_of(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xd8\xff\xe0 no image", "truncated"])
+def test_a_broken_file_is_one_error_that_names_it(folder, tmp_path, workers, content):
+    if content == "truncated":
+        content = (folder / NAMES[11]).read_bytes()[:-200]
+    files = broken(folder, tmp_path, content)
+    for made in (
+        lambda: list(loader(files, workers, batch_size=4).epoch(1)),
+        lambda: list(batches(files, 4, workers)),
+    ):
+        with pytest.raises(LtnormError) as caught:
+            made()
+        assert str(tmp_path / NAMES[11]) in caught.value.message
+        assert "\n" not in caught.value.message
+        assert "ltnorm prepare" in caught.value.hint
+
+
+def test_batches_before_a_broken_file_come_and_the_loader_goes_on_after(folder, tmp_path):
+    made = loader(broken(folder, tmp_path), 2, batch_size=2)
+
+    def seen(epoch, before):
+        for batch in made.epoch(epoch):
+            before.append(batch.labels)
+
+    for epoch in (1, 2):
+        before, order = [], made._order(epoch, 0.0).tolist()
+        with pytest.raises(LtnormError):
+            seen(epoch, before)
+        assert len(before) == order.index(11) // 2
+
+
+def test_an_epoch_that_is_left_does_not_disturb_the_next(folder):
+    files = files_of(folder)
+    expected = list(loader(files, batch_size=2).epoch(2))
+    made = loader(files, 2, batch_size=2)
+    next(made.epoch(1))
+    assert same(made.epoch(2), expected)
+
+
+def pids(made):
+    return [worker.pid for worker in made.crops.loader._iterator._workers]
+
+
+def test_workers_live_from_epoch_to_epoch(folder):
+    made = loader(files_of(folder), 2)
+    list(made.epoch(1))
+    before = pids(made)
+    list(made.epoch(2))
+    assert pids(made) == before
+    assert len(set(before)) == 2
+
+
+def test_a_killed_worker_is_one_error(folder):
+    def train():
+        made = loader(files_of(folder), 2, batch_size=2)
+        for _ in made.epoch(1):
+            os.kill(pids(made)[0], signal.SIGKILL)
+
+    with pytest.raises(LtnormError, match="killed") as caught, workers_watched():
+        train()
+    assert "--workers" in caught.value.hint
+    subprocess.run(["true"])  # a child that ends: torch looks at all workers that it still knows
+
+
+def test_other_errors_are_left_alone():
+    with pytest.raises(RuntimeError, match="shapes"), workers_watched():
+        raise RuntimeError("shapes do not match")
+
+
+def test_workers_are_as_asked_or_as_many_as_the_device_leaves_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert worker_count(5, CPU) == 5
+    assert worker_count(0, torch.device("cuda")) == 0
+    assert worker_count(None, torch.device("cuda")) == 6
+    assert worker_count(None, CPU) == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert worker_count(None, CPU) == 1
