@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,14 +14,22 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
+from ltnorm.console import Output
 from ltnorm.data import files as decoding
 from ltnorm.data.decode import decode
 from ltnorm.data.files import Decoded, worker_count, workers_watched
 from ltnorm.data.loader import Loader, batches, normalize
+from ltnorm.data.prepare import PreparedSet
 from ltnorm.data.source import IMAGENET_MEAN, IMAGENET_STD, Files
-from ltnorm.errors import LtnormError
+from ltnorm.errors import LtnormError, UsageError
 from ltnorm.evaluation.evaluate import predict
+from ltnorm.evaluation.inspection import Inspector
+from ltnorm.evaluation.posthoc import outputs
 from ltnorm.recipe import Train
+from ltnorm.training.build import build_loader, build_model, check
+from ltnorm.training.recalibrate import recalibrated
+from ltnorm.training.run import run
+from ltnorm.training.twostage import _retrained
 
 CPU = torch.device("cpu")
 COUNT, SIZE, RESIZE = 21, 16, 20
@@ -274,3 +284,89 @@ def test_workers_are_as_asked_or_as_many_as_the_device_leaves_cores(monkeypatch)
     assert worker_count(None, CPU) == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert worker_count(None, CPU) == 1
+
+
+class FileSet(PreparedSet):
+    """A prepared set of files: the same ones to train and to evaluate, of three classes."""
+
+    def __init__(self, folder):
+        counts = [COUNT - 10, 7, 3]
+        manifest = {
+            "set_id": "files",
+            "index_sha256": "0" * 64,
+            "counts": counts,
+            "classes": ["a", "b", "c"],
+            "image_size": SIZE,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+        }
+        super().__init__(path=folder, manifest=manifest)
+        labels = np.repeat(np.arange(3), counts)
+        self.__dict__["held"] = replace(files_of(folder), labels=labels)
+
+    def open(self, split):
+        return self.held
+
+
+@pytest.fixture
+def file_recipe(tiny_recipe):
+    def make(workers=0, norm="bn", **train):
+        flags = {"train.batch_size": 8, "train.crop_padding": 4, "train.epochs": 1, **train}
+        return tiny_recipe(norm, workers=workers, **flags)
+
+    return make
+
+
+def test_a_run_on_files_has_one_result_whatever_the_number_of_workers(
+    folder, file_recipe, tmp_path
+):
+    data, rows = FileSet(folder), []
+    for workers in (0, 2):
+        recipe = file_recipe(workers, **{"train.color_jitter": 0.4, "eval.every": 1})
+        rows.append(run(recipe, data, tmp_path / str(workers), Output(quiet=True)))
+    first, second = ({**asdict(row), "finished": "", "train_seconds": 0} for row in rows)
+    del first["images_per_second"], second["images_per_second"]
+    assert first == second
+    assert first["images_processed"] == COUNT
+    assert 0 <= first["all"] <= 100
+
+
+def test_what_looks_at_a_model_takes_files(folder, file_recipe):
+    recipe, data = file_recipe(), FileSet(folder)
+    model = build_model(recipe, data.counts, SIZE)
+    seen = outputs(model, data, "test", CPU, workers=1)
+    assert seen.features.shape == (COUNT, 64)
+    inspector = Inspector(model, "bn", data, "test", "thirds", CPU, workers=1)
+    assert len(inspector.inspect().layers) == 7
+    again = recalibrated(recipe, model, data, "balanced", CPU)
+    before, after = model.state_dict(), again.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rsplit(".", 1)[1] for name in changed} >= {"running_mean", "running_var"}
+    stage = file_recipe(**{"retrain.method": "crt", "retrain.epochs": 1})
+    done = _retrained(stage, model, data, CPU, Output(quiet=True))
+    assert done.cost.images_processed == COUNT
+
+
+def test_a_broken_file_ends_a_run_with_its_name(folder, file_recipe, tmp_path):
+    data = FileSet(folder)
+    data.__dict__["held"] = replace(broken(folder, tmp_path), labels=data.held.labels)
+    with pytest.raises(LtnormError, match=re.escape(NAMES[11])):
+        run(file_recipe(1), data, tmp_path / "out", Output(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "word"),
+    [
+        (True, {"train.crop": "padded"}, "train.crop"),
+        (True, {"train.crop_padding": 2}, "train.crop_padding"),
+        (False, {"train.crop_scale": (0.5, 1.0)}, "train.crop_scale"),
+    ],
+)
+def test_a_crop_that_the_images_cannot_have_is_told(folder, file_recipe, files, train, word):
+    recipe, data = file_recipe(**train), FileSet(folder)
+    with pytest.raises(UsageError, match=word):
+        check(recipe, data.counts, ["train", "test"], files)
+    check(recipe, data.counts, ["train", "test"], not files)
+    if files:
+        with pytest.raises(UsageError, match=word):
+            build_loader(recipe, data, data.open("train"), CPU)

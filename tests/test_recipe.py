@@ -230,3 +230,58 @@ def test_every_flag_sets_a_key_that_exists():
         for part in path.split("."):
             assert part in node, path
             node = node[part]
+
+
+def test_one_strength_of_color_jitter_is_that_of_all_but_hue():
+    for strengths, expected in (
+        (0, (0, 0, 0, 0)),
+        (0.4, (0.4, 0.4, 0.4, 0)),
+        ([0.4], (0.4, 0, 0, 0)),
+        ([0.1, 0.2], (0.1, 0.2, 0, 0)),
+        ([0.1, 0.2, 0.3, 0.5], (0.1, 0.2, 0.3, 0.5)),
+    ):
+        assert validate({"train": {"color_jitter": strengths}}).train.color_jitter == expected
+    [recipe] = resolve({}, Overrides(sets=["train.color_jitter=0.4"]))
+    assert recipe.train.color_jitter == (0.4, 0.4, 0.4, 0)
+    assert validate({"train": {"color_jitter": 0}}).fingerprint() == validate({}).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"color_jitter": -0.1},
+        {"color_jitter": [0, 0, 0, 0.6]},
+        {"color_jitter": [0.1] * 5},
+        {"color_jitter": "much"},
+        {"crop_scale": [0.5, 0.2]},
+        {"crop_scale": [0, 1]},
+        {"crop_scale": 0.5},
+        {"crop": "square"},
+        {"crop": "resized", "crop_padding": 2},
+        {"crop": "padded", "crop_scale": [0.5, 1]},
+    ],
+)
+def test_crops_and_jitter_that_cannot_be_are_named(train):
+    key = list(train)[-1]
+    with pytest.raises(UsageError, match=f"train.{key}"):
+        validate({"train": train})
+
+
+def test_a_crop_and_its_own_options_go_together():
+    assert (
+        validate({"train": {"crop": "padded", "crop_padding": 2}}).train.cropped(False) == "padded"
+    )
+    resized = validate({"train": {"crop": "resized", "crop_scale": [0.5, 1]}}).train
+    assert resized.cropped(False) == resized.cropped(True) == "resized"
+    auto = validate({}).train
+    assert (auto.cropped(files=False), auto.cropped(files=True)) == ("padded", "resized")
+
+
+def test_workers_are_no_part_of_the_identity_and_not_a_section():
+    [recipe] = resolve({}, Overrides(sets=["workers=3"]))
+    assert recipe.workers == 3
+    assert recipe.fingerprint() == validate({}).fingerprint()
+    assert "workers: 3" in recipe.to_yaml()
+    for wrong in (-1, 5000, "many"):
+        with pytest.raises(UsageError, match="workers"):
+            validate({"workers": wrong})

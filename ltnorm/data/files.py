@@ -6,6 +6,7 @@ not depend on how many workers there are.
 
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -226,10 +227,19 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def _decoded(loader: DataLoader) -> Iterator[Tensor]:
-    for images in loader:
+    batches = iter(loader)
+    while (images := _next(batches)) is not None:
         if isinstance(images, Unreadable):
             raise LtnormError(
                 f"{images.path} {images.reason}",
                 "`ltnorm prepare` checks all files of a set and names those that are broken",
             )
         yield images
+
+
+def _next(batches: Iterator[Tensor | Unreadable]) -> Tensor | Unreadable | None:
+    try:
+        return next(batches, None)
+    except (OSError, EOFError) as error:  # a batch is fetched from a worker that is dying
+        time.sleep(1)  # until the signal comes, whose error tells more
+        raise RuntimeError("a DataLoader worker is gone") from error
