@@ -237,7 +237,7 @@ def test_an_interrupt_is_quick_and_quiet(send):
         from ltnorm.data import check as module
 
         def slow(*_):
-            os.write(1, b"begun\\n")
+            os.write(1, b"begun\n")
             time.sleep(0.1)
 
         module._check_file = slow
@@ -252,12 +252,11 @@ def test_an_interrupt_is_quick_and_quiet(send):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        text=True,
     )
-    assert process.stdout.readline() == "begun\n"
+    assert process.stdout.readline() == b"begun\n"
     send(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=5)
-    assert (process.returncode, told) == (130, "")
+    assert (process.returncode, told) == (130, b"")
 
 
 def test_paths_are_shown_in_one_line():
