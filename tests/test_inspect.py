@@ -64,7 +64,7 @@ def look(layer, norm, data, split="test"):
 
 
 def inputs_of(data):
-    return torch.from_numpy(data.load("test")[0] / 255).permute(0, 3, 1, 2)
+    return torch.from_numpy(data.open("test").images / 255).permute(0, 3, 1, 2)
 
 
 def bn_of(data):

@@ -104,12 +104,6 @@ class PreparedSet:
         """The splits that it has: train, test, and perhaps val."""
         return list(self.sizes)
 
-    def load(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
-        """The pixels and labels of one split."""
-        pixels = self.open(split)
-        assert isinstance(pixels, Pixels)
-        return pixels.images, pixels.labels
-
     def open(self, split: Split) -> Images:
         """The images of one split, checked; no other split's files are opened.
 
