@@ -10,8 +10,10 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ltnorm import registry
 from ltnorm.cli import main
@@ -27,6 +29,18 @@ def commands(page: Path) -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if "ltnorm " in line]
+
+
+def draw_photos(root: Path) -> None:
+    """The folder that the commands of the pages name: three classes of images of several sizes."""
+    if root.exists():
+        return
+    rng = np.random.default_rng(0)
+    for name, count in (("heron", 12), ("owl", 6), ("wren", 3)):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (70 + i, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.jpg")
 
 
 def test_the_main_job_is_told():
@@ -48,7 +62,11 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
                 continue
             root = (PROJECT / os.environ["LTNORM_DATA"]).resolve()
             arguments += ["--root", str(root)]
-        if verb == "train":
+        if "folder" in arguments:
+            draw_photos(tmp_path / "photos")
+            if verb == "train":
+                arguments += shlex.split("--epochs 1 --batch-size 8 --model resnet8 --seeds 0")
+        elif verb == "train":
             # Deferred weights need an epoch after four fifths of them.
             epochs = "5" if "drw" in command else "1"
             arguments += shlex.split(SMALLER.replace("--epochs 1", f"--epochs {epochs}"))
