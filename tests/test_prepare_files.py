@@ -169,19 +169,24 @@ def test_a_changed_folder_is_another_set_and_told(tmp_path, photos, how):
 
 
 def test_a_run_on_files_that_changed_does_not_start(tmp_path, large):
-    made = prepare(spec(), large, tmp_path / "data")
-    paths = made.open("train").paths
-    file = large / os.fsdecode(paths[0])
+    wanted = prepare(spec(), large, tmp_path / "data").spec
+
+    def again():
+        return prepare(wanted, large, tmp_path / "data")
+
+    file = large / os.fsdecode(again().open("train").paths[0])
     os.utime(file, ns=(1, 1))
-    made.open("train")  # the bytes are what they were
+    again().open("train")  # the bytes are what they were
+    again().check()
     change(file)
-    with pytest.raises(LtnormError, match=f"{file} has changed") as error:
-        made.open("train")
-    assert "ltnorm prepare" in error.value.hint
+    for action in (lambda: again().open("train"), lambda: again().check()):
+        with pytest.raises(LtnormError, match=f"{file} has changed") as error:
+            action()
+        assert "ltnorm prepare" in error.value.hint
     file.unlink()
     with pytest.raises(LtnormError, match="is missing"):
-        made.open("train")
-    made.open("test")
+        again().open("train")
+    again().open("test")
 
 
 def test_files_may_move(tmp_path, large):
@@ -326,3 +331,20 @@ def making_counts(n_max, classes, ratio, profile):
         from ltnorm.data.longtail import _profile
 
         return _profile(n_max, classes, ratio, profile)
+
+
+def test_published_images_that_are_left_out_make_another_set(tmp_path, large):
+    for split, names in (("train", ("ant", "bee")), ("test", ("cat",))):
+        lines = [f"{n}/{i:03d}.png {names.index(n)}" for n in names for i in range(COUNTS[n])]
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+    by_lists = resolve({"dataset": {"name": "lists"}}, Overrides())[0].dataset
+    lists = {split: tmp_path / f"{split}.txt" for split in ("train", "test")}
+    whole = prepare(by_lists, large, tmp_path / "data", Making(lists=lists))
+    (large / "bee" / "004.png").write_bytes(b"no image")
+    with pytest.raises(LtnormError, match=r"bee/004\.png \(is no image\)"):
+        prepare(by_lists, large, tmp_path / "data", Making(lists=lists))
+    less = prepare(by_lists, large, tmp_path / "data", Making(lists=lists, on_bad="skip"))
+    assert less.sizes["train"] == whole.sizes["train"] - 1
+    assert less.path != whole.path
+    assert less.index_sha256 != whole.index_sha256
+    assert not prepare(by_lists, large, tmp_path / "data", Making(lists=lists)).fresh

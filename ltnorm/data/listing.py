@@ -104,7 +104,7 @@ def read(
             raise UsageError(
                 f"no training image of class '{name}' decodes", "replace its images, or remove it"
             )
-    content = listing.content or _content(paths[good], splits[good], checked.digest[good])
+    content = _content(listing.content, paths, splits, good, checked.digest)
     return Known(listing, paths, labels, splits, checked, good, content)
 
 
@@ -134,11 +134,22 @@ def bad_images(listing: Listing, paths: np.ndarray, checked: Checked, file: Path
     )
 
 
-def _content(paths: np.ndarray, splits: np.ndarray, digests: np.ndarray) -> str:
-    """A hash of the files: of each its split, its path, and the hash of its bytes."""
-    whole = hashlib.sha256()
-    for path, split, digest in zip(paths.tolist(), splits.tolist(), digests, strict=True):
-        whole.update(b"%d\0%b\0%b" % (split, path, digest.tobytes()))
+def _content(
+    listed: str | None,
+    paths: np.ndarray,
+    splits: np.ndarray,
+    good: np.ndarray,
+    digests: np.ndarray,
+) -> str:
+    """The identity of the good files, from their split, path and bytes.
+
+    Published lists have one of their own, as long as none of their images is left out.
+    """
+    if listed and good.all():
+        return listed
+    whole = hashlib.sha256((listed or "").encode())
+    for i in np.flatnonzero(good).tolist():
+        whole.update(b"%d\0%b\0%b" % (splits[i], paths[i], digests[i].tobytes()))
     return whole.hexdigest()
 
 
@@ -153,6 +164,7 @@ def record(known: Known, file: Path) -> None:
         splits=known.splits,
         good=known.good,
         content=np.array(known.content),
+        listed=np.array(known.listing.content or ""),
         bad=np.array(sorted(bad), np.int64),
         reasons=np.array([bad[i] for i in sorted(bad)], str),
         **arrays,
@@ -168,9 +180,10 @@ def recognise(listing: Listing, file: Path) -> Known | str:
         added = len(np.setdiff1d(paths, recorded["paths"]))
         gone = len(np.setdiff1d(recorded["paths"], paths))
         return f"{added:,} files added, {gone:,} gone"
-    if not (
-        np.array_equal(labels, recorded["labels"]) and np.array_equal(splits, recorded["splits"])
-    ):
+    same = (listing.content or "") == str(recorded["listed"])
+    for name, ours in (("labels", labels), ("splits", splits)):
+        same = same and np.array_equal(ours, recorded[name])
+    if not same:
         return "other labels or splits"
     if changes := _changes(recorded, listing.root):
         return changes

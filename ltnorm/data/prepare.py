@@ -104,10 +104,10 @@ def _identify(
         return _with(spec, content=chosen.spec.options["content"]), None
     found = load(spec, raw)
     assert isinstance(found, Listing)
-    if found.content:
-        spec = _with(spec, content=found.content)
-        if not making.force and find(spec, data_dir):
-            return spec, None
+    if found.content and not making.force:
+        whole = _with(spec, content=found.content)
+        if find(whole, data_dir):
+            return whole, None
     known = _recognise(spec, found, data_dir, making)
     return (_with(spec, content=known.content), known) if known else (spec, found)
 
@@ -136,7 +136,7 @@ def _recognise(spec: Dataset, found: Listing, data_dir: Path, making: Making) ->
         if not record.is_file():
             continue
         known = listing.recognise(found, record)
-        if isinstance(known, Known) and found.content in (None, known.content):
+        if isinstance(known, Known):
             return known
         if isinstance(known, str) and not changes:
             changes = f"{found.root} has changed since {prepared.set_id} was prepared: {known}"

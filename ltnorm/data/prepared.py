@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,15 @@ class PreparedSet:
         manifest: what it is.
         fresh: whether this call has made it.
         root: where the files lie, if images stay files; None is where they lay when it was made.
+        compared: the splits whose files were compared with what they were.
     """
 
     path: Path
     manifest: dict[str, Any]
     fresh: bool = False
     root: Path | None = None
+    # Once a command is enough, since a copy is read whole.
+    compared: set[Split] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def spec(self) -> Dataset:
@@ -120,6 +123,25 @@ class PreparedSet:
             return Pixels(self._read(split, "images"), labels)
         paths = self._read(split, "paths")
         root = self._root(paths)
+        if split not in self.compared:
+            self._compare(split, root, paths)
+            self.compared.add(split)
+        return Files(root, paths, labels, self.image_size, self.manifest["resize"])
+
+    def check(self) -> None:
+        """Check every file against its sha256, and those that stay outside for changes.
+
+        Raises:
+            LtnormError: a file is missing, damaged or changed; the message names it.
+        """
+        for name in self.manifest["sha256"]:
+            self._check(name)
+        if not self.decoded:
+            for split in self.splits:
+                self.open(split)
+
+    def _compare(self, split: Split, root: Path, paths: np.ndarray) -> None:
+        """Raise LtnormError where the files of a split are not what they were."""
         recorded = (self._read(split, name) for name in ("sizes", "times", "digests"))
         if wrong := changed(root, paths, *recorded):
             index, reason = min(wrong.items())
@@ -128,16 +150,6 @@ class PreparedSet:
                 + (f" ({len(wrong):,} of {len(paths):,} files)" if len(wrong) > 1 else ""),
                 "`ltnorm prepare` with the same flags makes a set of what is there now",
             )
-        return Files(root, paths, labels, self.image_size, self.manifest["resize"])
-
-    def check(self) -> None:
-        """Check every file against its sha256.
-
-        Raises:
-            LtnormError: a file is missing or damaged; the message names it.
-        """
-        for name in self.manifest["sha256"]:
-            self._check(name)
 
     def _root(self, paths: np.ndarray) -> Path:
         """Where the files lie: where the user says, or where they lay."""
@@ -271,7 +283,7 @@ def writing(path: Path, manifest: dict[str, Any], overwrite: bool) -> Iterator[P
 
 def at(prepared: PreparedSet, root: Path) -> PreparedSet:
     """The same set, its files looked for below `root` first."""
-    return replace(prepared, root=root)
+    return replace(prepared, root=root, compared=set())
 
 
 def sha256(path: Path) -> str:
