@@ -228,13 +228,16 @@ def _ignore_interrupt(worker: int) -> None:
 
 def _decoded(loader: DataLoader) -> Iterator[Tensor]:
     batches = iter(loader)
-    while (images := _next(batches)) is not None:
-        if isinstance(images, Unreadable):
-            raise LtnormError(
-                f"{images.path} {images.reason}",
-                "`ltnorm prepare` checks all files of a set and names those that are broken",
-            )
-        yield images
+    try:
+        while (images := _next(batches)) is not None:
+            if isinstance(images, Unreadable):
+                raise LtnormError(
+                    f"{images.path} {images.reason}",
+                    "`ltnorm prepare` checks all files of a set and names those that are broken",
+                )
+            yield images
+    finally:
+        del batches  # (which ends workers that are not to last; an error would hold this frame)
 
 
 def _next(batches: Iterator[Tensor | Unreadable]) -> Tensor | Unreadable | None:
