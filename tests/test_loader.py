@@ -191,6 +191,16 @@ def test_normalize_is_exact_at_the_ends():
     torch.testing.assert_close(y[1].flatten(), (1 - torch.tensor(MEAN)) / torch.tensor(STD))
 
 
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_normalize_is_the_formula_to_the_bit(channels_first):
+    images = torch.randint(256, (4, 7, 5, 3), dtype=torch.uint8)
+    if channels_first:
+        images = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    mean, std = (torch.tensor(v) * 255 for v in (MEAN, STD))
+    expected = (images.float() - mean) / std
+    assert torch.equal(normalize(images, MEAN, STD), expected.permute(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("train", [{}, *AUGMENTATIONS, *RESIZED])
 def test_batches_have_the_memory_format_asked_for(layout, train):

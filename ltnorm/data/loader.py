@@ -20,7 +20,11 @@ RESIDENT_CPU, RESIDENT = 2 << 30, 4 << 30
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in channels_last, (x / 255 - mean) / std."""
-    mean_, std_ = (torch.tensor(v, device=images.device) * 255 for v in (mean, std))
+    # A row of pixels long, because broadcasting over lines of three numbers is four times slower.
+    mean_, std_ = (
+        torch.tensor(v, device=images.device).mul(255).repeat(images.shape[2], 1)
+        for v in (mean, std)
+    )
     return images.to(torch.float32).sub_(mean_).div_(std_).permute(0, 3, 1, 2)
 
 
