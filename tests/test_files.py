@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -370,3 +371,18 @@ def test_a_crop_that_the_images_cannot_have_is_told(folder, file_recipe, files, 
     if files:
         with pytest.raises(UsageError, match=word):
             build_loader(recipe, data, data.open("train"), CPU)
+
+
+def test_workers_are_a_flag_of_every_command_that_reads_images(ltnorm):
+    made = ltnorm("train --recipe tiny.yaml --norm bn --epochs 1 --workers 1 --quiet")
+    assert made.code == 0, made.err
+    run_directory = "results/synthetic-exp10/resnet8-bn-ce/seed0"
+    again = ltnorm("train --recipe tiny.yaml --norm bn --epochs 1 --workers 0 --json")
+    assert "is finished" in again.err  # another number of them is no other run
+    for command in (
+        f"eval {run_directory} --workers 0",
+        f"inspect {run_directory} --workers 0",
+        f"retrain {run_directory} --method crt --workers 0 --dry-run",
+    ):
+        assert ltnorm(command).code == 0
+    assert "workers: 1" in Path(run_directory, "recipe.yaml").read_text()
