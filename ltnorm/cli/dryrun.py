@@ -52,7 +52,7 @@ def show(
     for recipe in recipes:
         twostage.check(recipe)
         if known:
-            build.check(recipe, counts, known.splits)
+            build.check(recipe, counts, known.splits, files=not known.decoded)
     build_model = partial(
         build.build_model, counts=counts, image_size=image_size, pretrained=pretrained
     )

@@ -237,7 +237,7 @@ def _jobs(
     data = prepare(first.dataset, root, data_dir, making)
     recipes = [recipe.model_copy(update={"dataset": data.spec}) for recipe, _ in resolved]
     for recipe in recipes:
-        build.check(recipe, data.counts, data.splits)
+        build.check(recipe, data.counts, data.splits, files=not data.decoded)
     for recipe in {recipe.norm.name: recipe for recipe in recipes}.values():
         build.build_model(recipe, data.counts, data.image_size, pretrained)
         twostage.check(recipe)
