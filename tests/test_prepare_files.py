@@ -348,3 +348,22 @@ def test_published_images_that_are_left_out_make_another_set(tmp_path, large):
     assert less.path != whole.path
     assert less.index_sha256 != whole.index_sha256
     assert not prepare(by_lists, large, tmp_path / "data", Making(lists=lists)).fresh
+
+
+@pytest.mark.parametrize("cache_size", [None, 8, 16])
+def test_images_kept_while_they_are_read_are_those_decoded_later(
+    tmp_path, photos, cache_size, monkeypatch
+):
+    kept = prepare(spec(cache_size=cache_size), photos, tmp_path / "kept")
+    monkeypatch.setattr("ltnorm.data.listing.KEPT", 0)
+    later = prepare(spec(cache_size=cache_size), photos, tmp_path / "later")
+    for split in ("train", "test"):
+        assert np.array_equal(kept.open(split).images, later.open(split).images)
+    assert (
+        kept.manifest["sha256"]["train_images.npy"] == later.manifest["sha256"]["train_images.npy"]
+    )
+
+
+def test_one_image_of_another_size_leaves_all_of_them_files(tmp_path, photos):
+    Image.new("RGB", (8, 9)).save(photos / "cat" / "tall.png")
+    assert not prepare(spec(), photos, tmp_path / "data").decoded

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
 from ltnorm.data import decode
 from ltnorm.data.decode import BadImage
@@ -74,7 +75,12 @@ def _silent(done: int) -> None:
 
 
 def check(
-    root: Path, paths: np.ndarray, workers: int | None = None, tell: Tell = _silent
+    root: Path,
+    paths: np.ndarray,
+    workers: int | None = None,
+    tell: Tell = _silent,
+    out: np.ndarray | None = None,
+    resize: bool = False,
 ) -> Checked:
     """Read, hash and decode every file once.
 
@@ -83,16 +89,22 @@ def check(
         paths: bytes [N].
         workers: processes; None is one a core.
         tell: called with the number of files that are done.
+        out: uint8 [N, S, S, 3], where images are kept: those of that size alone, unless `resize`
+            makes it theirs, as `decode.square` does.
+        resize: whether it does.
 
     Raises:
         LtnormError: a worker process was killed.
     """
     files, errors = [np.empty(0, _FILE)], {}
     _real_folder.cache_clear()
-    work = partial(_check_chunk, os.path.realpath(os.fsencode(root)))
-    for start, (found, bad) in _spread(work, paths, workers, tell):
+    size = None if out is None else out.shape[1]
+    work = partial(_check_chunk, os.path.realpath(os.fsencode(root)), size, resize)
+    for start, (found, bad, images) in _spread(work, paths, workers, tell):
         files.append(found)
         errors |= {start + i: reason for i, reason in bad.items()}
+        if out is not None:
+            out[start : start + len(found)] = images
     table = np.concatenate(files)
     columns = {name: np.ascontiguousarray(table[name]) for name in _FILE.names}
     return Checked(**columns, errors=errors)
@@ -182,27 +194,45 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _check_chunk(root: bytes, paths: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-    """The `_FILE`s of a chunk, and what is wrong by index. `root` is a real path."""
+def _check_chunk(
+    root: bytes, size: int | None, resize: bool, paths: np.ndarray
+) -> tuple[np.ndarray, dict[int, str], np.ndarray | None]:
+    """The `_FILE`s of a chunk, what is wrong by index, and the images if they have a `size`.
+
+    `root` is a real path.
+    """
     files = np.zeros(len(paths), _FILE)
     files["size"] = files["mtime_ns"] = -1
+    images = None if size is None else np.zeros((len(paths), size, size, 3), np.uint8)
     errors = {}
     for i, path in enumerate(_until_stopped(paths)):
         try:
-            _check_file(os.path.join(root, path), root, files[i])
+            content = _read_file(os.path.join(root, path), root, files[i])
+            if images is None:
+                shape = decode.displayed_size(content)
+            else:
+                shape = _keep(decode.decode_bytes(content), images[i], resize)
+            files[i]["width"], files[i]["height"] = shape
         except BadImage as error:
             errors[i] = str(error)
-    return files, errors
+    return files, errors, images
 
 
-def _check_file(path: bytes, root: bytes, found: np.void) -> None:
-    """Fill in what is found of a file, as far as it gets."""
+def _read_file(path: bytes, root: bytes, found: np.void) -> bytes:
+    """The bytes of a file; fills in what is found of it, as far as it gets."""
     if not _inside(root, path):
         raise BadImage(LEAVES)
     content, status = decode.read(path)
     found["size"], found["mtime_ns"] = len(content), status.st_mtime_ns
     found["digest"] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
-    found["width"], found["height"] = decode.displayed_size(content)
+    return content
+
+
+def _keep(image: Image.Image, out: np.ndarray, resize: bool) -> tuple[int, int]:
+    """Put an image into `out` if it has its size, or `resize` gives it. Returns its own size."""
+    if resize or image.size == out.shape[1::-1]:
+        out[:] = decode.square(image, len(out))
+    return image.size
 
 
 def _decode_chunk(

@@ -15,6 +15,8 @@ from ltnorm.data.source import Listing, Split
 from ltnorm.errors import LtnormError, UsageError
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+# Images of so many bytes are kept in memory when they are read, which spares decoding them twice.
+KEPT = 1 << 30
 # So many bad files are named in a message; a file names all.
 NAMED = 10
 # The name under which a prepared set records what is known of its source.
@@ -36,6 +38,7 @@ class Known:
         checked: what each file was.
         good: whether it decodes, bool [N].
         content: the identity of the good images, 64 hexadecimal digits.
+        images: those that were kept when they were read, uint8 [N, S, S, 3].
     """
 
     listing: Listing
@@ -45,6 +48,7 @@ class Known:
     checked: Checked
     good: np.ndarray
     content: str
+    images: np.ndarray | None = None
 
     def of(self, split: Split) -> np.ndarray:
         """The indices of the good files of a split, int64."""
@@ -69,6 +73,8 @@ def read(
     on_bad: OnBad,
     workers: int | None,
     counting: Counting,
+    size: int | None = None,
+    resize: bool = False,
 ) -> Known:
     """Read every file of a listing.
 
@@ -78,6 +84,8 @@ def read(
         data_dir: where the list of bad files is written.
         on_bad: what is done about images that do not decode.
         workers, counting: processes that decode, and who is told how far they are.
+        size, resize: at which images are kept, unless they are too many, and whether all are
+            resized to that; None keeps none.
 
     Raises:
         UsageError: files are missing, or do not decode.
@@ -85,8 +93,11 @@ def read(
     paths, labels, splits = _entries(listing)
     if listing.layout:
         _refuse_missing(listing, paths)
+    images = None
+    if size and len(paths) * 3 * size**2 <= KEPT:
+        images = np.zeros((len(paths), size, size, 3), np.uint8)
     with counting(f"reading the images of {title}", len(paths)) as tell:
-        checked = check.check(listing.root, paths, workers, tell)
+        checked = check.check(listing.root, paths, workers, tell, images, resize)
     leaving = [i for i, reason in checked.errors.items() if reason == check.LEAVES]
     if leaving:
         raise UsageError(
@@ -105,7 +116,7 @@ def read(
                 f"no training image of class '{name}' decodes", "replace its images, or remove it"
             )
     content = _content(listing.content, paths, splits, good, checked.digest)
-    return Known(listing, paths, labels, splits, checked, good, content)
+    return Known(listing, paths, labels, splits, checked, good, content, images)
 
 
 def _refuse_missing(listing: Listing, paths: np.ndarray) -> None:

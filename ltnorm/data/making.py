@@ -22,6 +22,8 @@ from ltnorm.recipe import Dataset
 SMALL = 64
 # Standard practice: the shorter side is resized to 256 before the centre crop of 224.
 RESIZE = 256 / 224
+# Images that are handled at a time, so that memory does not grow with their number.
+PART = 1000
 
 
 def _uncounted(label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -194,9 +196,13 @@ def _check_room(data_dir: Path, needed: int) -> None:
 
 
 def _decode(known: Known, index: np.ndarray, size: int, file: Path, making: Making) -> None:
-    """Decode files into one array of images on disk."""
+    """Write the images of files as one array, those that were kept when they were read."""
     shape = (len(index), size, size, 3)
     images = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+    if known.images is not None:
+        for start in range(0, len(index), PART):
+            images[start : start + PART] = known.images[index[start : start + PART]]
+        return
     name = file.name.split("_")[0]
     with making.counting(f"decoding {name} images at {size} pixels", len(index)) as tell:
         check.pixels(known.listing.root, known.paths[index], size, images, making.workers, tell)
@@ -219,8 +225,8 @@ def moments(file: Path) -> tuple[list[float], list[float]]:
     """The mean and standard deviation of each channel of an array of images, in 0 .. 1."""
     images = np.load(file, mmap_mode="r")
     total, squares, count = np.zeros(3), np.zeros(3), 0
-    for start in range(0, len(images), 1000):
-        part = images[start : start + 1000].reshape(-1, 3).astype(np.float64) / 255
+    for start in range(0, len(images), PART):
+        part = images[start : start + PART].reshape(-1, 3).astype(np.float64) / 255
         total, squares = total + part.sum(0), squares + (part**2).sum(0)
         count += len(part)
     mean = total / count

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from ltnorm.errors import LtnormError, UsageError
 from ltnorm.recipe import Dataset
 
 AS_USUAL = Making()
+PROBES = 16  # images by which it is guessed whether all have one size
 
 
 def prepare(spec: Dataset, root: Path, data_dir: Path, making: Making = AS_USUAL) -> PreparedSet:
@@ -153,6 +155,8 @@ def _read(spec: Dataset, found: Listing, data_dir: Path, making: Making) -> Know
         on_bad=making.on_bad,
         workers=making.workers,
         counting=making.counting,
+        size=_likely_size(spec, found),
+        resize=bool(spec.options["cache_size"]),
     )
 
 
@@ -225,6 +229,19 @@ def preview(spec: Dataset, root: Path, data_dir: Path) -> Preview | None:
     size = small or spec.options["image_size"]
     splits = sorted({*splits, *found.parts})
     return Preview(spec, subset_of(spec, labels, classes).counts, size, splits, bool(small))
+
+
+def _likely_size(spec: Dataset, found: Listing) -> int | None:
+    """The size at which images will be decoded if all are as a few; None: they stay files."""
+    if spec.options["cache_size"]:
+        return spec.options["cache_size"]
+    paths = found.parts["train"].paths
+    sizes = []
+    for path in paths[:: -(-len(paths) // PROBES)]:
+        with suppress(BadImage):  # which will be named with all others
+            sizes.append(decode(found.root / os.fsdecode(path)).size)
+    widths, heights = np.array(sizes or [(0, 1)]).T
+    return decoded_size(spec, widths, heights)
 
 
 def _first_size(found: Listing) -> tuple[int, int]:
