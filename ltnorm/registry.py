@@ -414,7 +414,7 @@ DATASETS = {
     "imagenette": _file_set(
         "Imagenette",
         "10 classes of ImageNet, photos, 858 to 993 images each",
-        "github.com/fastai/imagenette",
+        "Howard 2019, fastai/imagenette",
         needs="1.5 GiB download",
     ),
     "folder": Entry(

@@ -214,7 +214,10 @@ def preview(spec: Dataset, root: Path, data_dir: Path) -> Preview | None:
             return None
         classes, images, height = size
         labels = np.repeat(np.arange(classes), images)
-        return Preview(spec, subset_of(spec, labels, classes).counts, height, splits, True)
+        cached = spec.options.get("cache_size")
+        decoded = bool(cached) or "image_size" not in spec.options
+        height = cached or spec.options.get("image_size") or height
+        return Preview(spec, subset_of(spec, labels, classes).counts, height, splits, decoded)
     if isinstance(source, Source):
         counts = subset_of(spec, source.train.labels, len(source.classes)).counts
         return Preview(spec, counts, source.train.image_size, splits, True)
