@@ -135,8 +135,12 @@ class Dataset(NamedSection):
 
     @property
     def slug(self) -> str:
-        """The title as a part of a file's name."""
-        return re.sub(r"[^\w.+-]+", "-", self.title).strip("-.") or self.name
+        """The title as a part of a file's name, and as different from others."""
+        plain = re.sub(r"[^\w.+-]+", "-", self.title).strip("-.") or self.name
+        plain = plain.encode()[:60].decode(errors="ignore")
+        if plain == self.title:
+            return plain
+        return f"{plain}-{hashlib.sha256(self.title.encode()).hexdigest()[:4]}"
 
     @property
     def cut(self) -> str:

@@ -18,6 +18,7 @@ from ltnorm.validation import KINDS, NAMED, Mistake, common_fields, report, try_
 
 # How the classes of a data set are cut.
 CUT = ("profile", "ratio", "n_max", "class_order")
+VOIDING = ("dataset.profile", "dataset.ratio", "dataset.n_max")
 
 
 @dataclass
@@ -42,8 +43,6 @@ def resolve(
         UsageError: with every mistake and its dotted path in one message.
     """
     sets = [_parse_set(item) for item in overrides.sets]
-    # Names first: they decide which options a section has.
-    sets.sort(key=lambda item: not item[0].endswith(".name"))
     named = [str(value) for key, value in sets if key == "norm.name"]
     seeds = [value for key, value in sets if key == "seed"] or list(overrides.seeds)
     default = str(_section(base, "norm").get("name", "bn"))
@@ -51,9 +50,10 @@ def resolve(
     sets = [(key, value) for key, value in sets if key not in ("norm.name", "seed")]
 
     mistakes: list[Mistake] = []
+    typed = {**overrides.flags, **dict(sets)}
+    if typed.get("dataset.profile") == "natural" and typed.get("dataset.ratio") is not None:
+        mistakes.append(Mistake("dataset.ratio", "has no effect with profile natural"))
     for given in (dict(sets), overrides.flags):
-        if given.get("dataset.profile") == "natural" and given.get("dataset.ratio") is not None:
-            mistakes.append(Mistake("dataset.ratio", "has no effect with profile natural"))
         if len(budgets := [k for k in BUDGETS if f"train.{k}" in given]) > 1:
             text = f"one budget is enough, not {' and '.join(budgets)}"
             mistakes.append(Mistake(f"train.{budgets[-1]}", text))
@@ -79,12 +79,19 @@ def _merge(
     """The recipe of one norm as nested mappings: base < flags < sets."""
     data = copy.deepcopy(dict(base))
     _put(data, "norm.name", norm)
-    for key, value in flags.items():
-        _put(data, key, value)
-    for key, value in sets:
-        if not key.startswith("norm.") or _has_option(norm, key.removeprefix("norm.")):
+    for key, value in sorted([*flags.items(), *sets], key=_rank):
+        if key in flags or not key.startswith("norm.") or _has_option(norm, key[len("norm.") :]):
             _put(data, key, value)
     return data
+
+
+def _rank(item: tuple[str, Any]) -> int:
+    """What makes other keys void comes before them; else the order is kept.
+
+    A name decides which options a section has, a profile or ratio how a data set is cut.
+    """
+    key = item[0]
+    return 0 if key.endswith(".name") else VOIDING.index(key) + 1 if key in VOIDING else 9
 
 
 def _is_known(norm: str, mistakes: list[Mistake]) -> bool:

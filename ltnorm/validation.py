@@ -105,7 +105,7 @@ def _fill(data: dict[str, Any], path: str, mistakes: list[Mistake]) -> None:
 def _conflicts(recipe: Recipe) -> Iterator[Mistake]:
     """What is right by itself and wrong together, or without effect: a second name of one run."""
     train, dataset = recipe.train, recipe.dataset
-    own_splits = "content" in dataset.options  # of which one may be val
+    own_splits = "cache_size" in dataset.options  # sets of files, of which one may be val
     if recipe.eval.split == "val" and dataset.val == 0 and not own_splits:
         text = "'val' needs held-out images: set dataset.val (--val N) above 0"
         yield Mistake("eval.split", text)

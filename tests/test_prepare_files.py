@@ -367,3 +367,119 @@ def test_images_kept_while_they_are_read_are_those_decoded_later(
 def test_one_image_of_another_size_leaves_all_of_them_files(tmp_path, photos):
     Image.new("RGB", (8, 9)).save(photos / "cat" / "tall.png")
     assert not prepare(spec(), photos, tmp_path / "data").decoded
+
+
+def by_lists(**flags):
+    overrides = Overrides({f"dataset.{key}": value for key, value in flags.items()})
+    return resolve({"dataset": {"name": "lists"}}, overrides)[0].dataset
+
+
+def write_lists(folder: Path, labels: dict[str, int]) -> dict[str, Path]:
+    """Lists of the images of `draw`, every third of a class for the test; name -> label."""
+    lines: dict[str, list[str]] = {"train": [], "test": []}
+    for name, label in labels.items():
+        for i in range(COUNTS[name]):
+            lines["train" if i % 3 else "test"].append(f"{name}/{i:03d}.png {label}")
+    files = {split: folder / f"{split}.txt" for split in lines}
+    for split, file in files.items():
+        file.write_text("\n".join(lines[split]))
+    return files
+
+
+def test_other_labels_of_the_same_images_are_another_set(tmp_path, photos):
+    made = [
+        prepare(by_lists(), photos, tmp_path / "data", Making(lists=write_lists(tmp_path, labels)))
+        for labels in ({"ant": 0, "bee": 1, "cat": 2}, {"ant": 0, "bee": 1, "cat": 1})
+    ]
+    assert made[0].path != made[1].path
+    assert [len(one.classes) for one in made] == [3, 2]
+
+
+def test_another_cut_of_what_is_prepared_needs_its_name_alone(tmp_path, photos, monkeypatch):
+    lists = write_lists(tmp_path, {"ant": 0, "bee": 1, "cat": 2})
+    prepare(spec(), photos, tmp_path / "data")
+    prepare(by_lists(), photos, tmp_path / "data", Making(lists=lists))
+    monkeypatch.setattr(check, "check", lambda *_: pytest.fail("files were read"))
+    nowhere = Path("data/raw")
+    for wanted in (spec(title="photos", ratio=3), by_lists(ratio=3)):
+        made = prepare(wanted, nowhere, tmp_path / "data")
+        assert made.fresh
+        assert made.counts == long_tail_counts(made.counts[0], 3, 3)
+        assert len(made.open("train")) == sum(made.counts)
+    change(photos / "ant" / "005.png")
+    with pytest.raises(UsageError, match=r"ant/005\.png has changed"):
+        prepare(spec(title="photos", ratio=2), nowhere, tmp_path / "data")
+
+
+def test_a_list_whose_files_changed_is_told(tmp_path, photos):
+    lists = write_lists(tmp_path, {"ant": 0, "bee": 1, "cat": 2})
+    prepare(by_lists(), photos, tmp_path / "data", Making(lists=lists))
+    change(photos / "ant" / "005.png")
+    heard = []
+    prepare(by_lists(), photos, tmp_path / "data", Making(tell=heard.append))
+    assert [("has changed" in text, "--force" in text) for text in heard] == [(True, True)]
+
+
+def test_a_link_that_was_broken_and_is_mended_is_noticed(tmp_path, photos):
+    (photos / "ant" / "link.png").symlink_to(".target.png")
+    skip = Making(on_bad="skip")
+    without = prepare(spec(), photos, tmp_path / "data", skip)
+    assert not prepare(spec(), photos, tmp_path / "data", skip).fresh
+    change(photos / "ant" / ".target.png")
+    mended = prepare(spec(), photos, tmp_path / "data", skip)
+    assert mended.fresh
+    assert sum(mended.sizes.values()) == sum(without.sizes.values()) + 1
+
+
+def test_a_set_without_test_images_is_refused(tmp_path):
+    draw(tmp_path / "one", {"ant": 1, "bee": 1})
+    with pytest.raises(UsageError, match="no test images"):
+        prepare(spec(), tmp_path / "one", tmp_path / "data")
+
+
+def test_a_damaged_record_is_told_or_done_without(tmp_path, photos):
+    made = prepare(spec(), photos, tmp_path / "data")
+    record = made.path / "source.npz"
+    record.write_bytes(record.read_bytes()[:100])
+    with pytest.raises(LtnormError, match=r"source\.npz is damaged"):
+        prepare(spec(title="photos"), Path("data/raw"), tmp_path / "data")
+    again = prepare(spec(ratio=2), photos, tmp_path / "data")  # reads the files again
+    assert again.manifest["content"] == made.manifest["content"]
+
+
+@pytest.mark.parametrize("name", [".hidden", "a\\b", "x" * 120, "猫" * 80, "my cats", "my-cats"])
+def test_any_name_of_a_folder_makes_a_title(tmp_path, name):
+    made = prepare(spec(), draw(tmp_path / name), tmp_path / "data")
+    again = resolve({"dataset": made.spec.model_dump()}, Overrides())[0].dataset
+    assert again == made.spec
+
+
+def test_titles_that_look_alike_are_apart(tmp_path):
+    made = [
+        prepare(spec(title=title), draw(tmp_path / "a"), tmp_path / "data")
+        for title in ("my cats", "my-cats", "my,cats")
+    ]
+    assert len({one.path for one in made}) == 3
+
+
+def test_what_has_no_effect_is_refused(tmp_path, photos):
+    draw(tmp_path / "own" / "train")
+    draw(tmp_path / "own" / "test", seed=1)
+    with pytest.raises(UsageError, match=r"image_size: has no effect"):
+        prepare(spec(image_size=64), photos, tmp_path / "data")
+    with pytest.raises(UsageError, match="test_per_class"):
+        prepare(spec(test_per_class=2), tmp_path / "own", tmp_path / "data")
+    with pytest.raises(UsageError, match="inside the folder"):
+        prepare(spec(), photos, photos / "data")
+
+
+def test_the_order_of_the_command_line_does_not_matter():
+    natural = {"dataset": {"name": "folder", "profile": "natural", "ratio": None}}
+    sets = ["dataset.class_order=reversed", "dataset.ratio=10"]
+    for given in (
+        Overrides(sets=sets),
+        Overrides(sets=sets[::-1]),
+        Overrides({"dataset.class_order": "reversed"}, sets[1:]),
+    ):
+        resolved = resolve(natural, given)[0].dataset
+        assert (resolved.profile, resolved.ratio, resolved.class_order) == ("exp", 10, "reversed")

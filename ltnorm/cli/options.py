@@ -32,9 +32,6 @@ CacheSize = Annotated[
     int | None,
     typer.Option("--cache-size", help="Decode files once, to squares of so many pixels."),
 ]
-Workers = Annotated[
-    int | None, typer.Option("--workers", help="Processes that decode files (one a core).")
-]
 Root = Annotated[Path, typer.Option("--root", help="Where the raw data lies or is downloaded to.")]
 DataDir = Annotated[Path, typer.Option("--data-dir", help="Where prepared sets lie.")]
 Out = Annotated[Path, typer.Option("--out", help="Where results are written.")]

@@ -82,7 +82,7 @@ def command(
         force=force,
         lists={split: file for split, file in lists.items() if file},
         on_bad=on_bad,
-        workers=workers,
+        workers=workers or None,
         tell=output.note,
         counting=output.counting,
     )

@@ -233,7 +233,7 @@ def _jobs(
     output.note(f"precision {first.train.precision}: {reason}")
     for warning in build.doubts(first.train):
         output.warn(warning)
-    making = Making(tell=output.note, counting=output.counting)
+    making = Making(workers=first.workers or None, tell=output.note, counting=output.counting)
     data = prepare(first.dataset, root, data_dir, making)
     recipes = [recipe.model_copy(update={"dataset": data.spec}) for recipe, _ in resolved]
     for recipe in recipes:

@@ -34,6 +34,7 @@ T = TypeVar("T")
 Tell = Callable[[int], None]
 
 _CHUNK = 256
+_CHUNK_BYTES = 16 << 20  # of decoded images
 _FEW = 2 * _CHUNK  # starting processes takes longer than these
 _stop = ctypes.c_byte(0)  # of a worker: set by the parent, in memory that they share
 LEAVES = "leaves the root"
@@ -100,7 +101,7 @@ def check(
     _real_folder.cache_clear()
     size = None if out is None else out.shape[1]
     work = partial(_check_chunk, os.path.realpath(os.fsencode(root)), size, resize)
-    for start, (found, bad, images) in _spread(work, paths, workers, tell):
+    for start, (found, bad, images) in _spread(work, paths, workers, tell, size):
         files.append(found)
         errors |= {start + i: reason for i, reason in bad.items()}
         if out is not None:
@@ -132,7 +133,7 @@ def pixels(
         LtnormError: a file that is bad, or not of the size that it must have; a worker was killed.
     """
     work = partial(_decode_chunk, os.fsencode(root), out.shape[1], size is not None)
-    for start, (images, reason) in _spread(work, paths, workers, tell):
+    for start, (images, reason) in _spread(work, paths, workers, tell, out.shape[1]):
         out[start : start + len(images)] = images
         if reason:
             path = shown(os.path.join(os.fsencode(root), paths[start + len(images)]))
@@ -281,11 +282,19 @@ def _inside(root: bytes, path: bytes) -> bool:
 
 
 def _spread(
-    work: Callable[[np.ndarray], T], paths: np.ndarray, workers: int | None, tell: Tell
+    work: Callable[[np.ndarray], T],
+    paths: np.ndarray,
+    workers: int | None,
+    tell: Tell,
+    size: int | None = None,
 ) -> Iterator[tuple[int, T]]:
-    """(start, work(chunk)) of all chunks of `paths`, in order, by worker processes if many."""
-    chunks = ((start, paths[start : start + _CHUNK]) for start in range(0, len(paths), _CHUNK))
-    workers = min(workers or cores(), -(-len(paths) // _CHUNK))
+    """(start, work(chunk)) of all chunks of `paths`, in order, by worker processes if many.
+
+    `size` is that of the images that each chunk gives back, if it gives any.
+    """
+    count = max(1, min(_CHUNK, _CHUNK_BYTES // (3 * size**2))) if size else _CHUNK
+    chunks = ((start, paths[start : start + count]) for start in range(0, len(paths), count))
+    workers = min(workers or cores(), -(-len(paths) // count))
     if workers < 2 or len(paths) <= _FEW:
         results = ((start, work(chunk)) for start, chunk in chunks)
     else:
@@ -293,7 +302,7 @@ def _spread(
     with closing(results):  # whatever happens at the yield, the workers end now
         for start, result in results:
             yield start, result
-            tell(min(start + _CHUNK, len(paths)))
+            tell(min(start + count, len(paths)))
 
 
 def _in_processes(

@@ -43,7 +43,7 @@ _SIDEWAYS = 5  # from this orientation on width and height are exchanged
 _JPEG = b"\xff\xd8\xff"
 _APP1 = b"\xff\xe1"
 _HEADER = 1 << 17  # of a JPEG: two segments of the greatest length
-_THINNEST = 64
+THINNEST = 64
 
 # Pillow logs damaged tags; without a handler Python would print them.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -140,9 +140,9 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     """
     width, height = image.size
     short = min(width, height)
-    if max(width, height) > _THINNEST * short:
+    if max(width, height) > THINNEST * short:
         return square(
-            _centre(image, min(width, _THINNEST * short), min(height, _THINNEST * short)), size
+            _centre(image, min(width, THINNEST * short), min(height, THINNEST * short)), size
         )
     if short != size:  # the longer side is truncated, as in v2.Resize
         shape = int(size * width / short), int(size * height / short)

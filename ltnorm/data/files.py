@@ -8,8 +8,10 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ltnorm.data import augment
-from ltnorm.data.decode import BadImage, decode_bytes, read, torchvision_agrees
+from ltnorm.data.decode import THINNEST, BadImage, decode_bytes, read, torchvision_agrees
 from ltnorm.data.source import Files
 from ltnorm.errors import LtnormError
 from ltnorm.recipe import Train
 
+# How torch, and `_next`, say that a worker has died.
+KILLED = ("killed by signal", "exited unexpectedly", "worker is gone")
 AHEAD = 2  # batches that each worker makes before they are asked for
 
 Item = tuple[int, int]  # which file, and the seed of what happens to it
@@ -84,9 +88,23 @@ def evaluated(files: Files, parts: Sequence[np.ndarray], workers: int) -> Iterat
     """
     from torchvision.transforms import v2
 
-    change = v2.Compose([v2.Resize(files.resize), v2.CenterCrop(files.image_size)])
+    change = v2.Compose([_thick, v2.Resize(files.resize), v2.CenterCrop(files.image_size)])
     plan = [[(int(i), 0) for i in part] for part in parts]
     yield from _decoded(_loader(_Images(files, change), plan, min(workers, len(parts))))
+
+
+def _thick(image: Tensor) -> Tensor:
+    """An image without the ends that make it thinner than 1 : 64, as `decode.square` has it.
+
+    Resized by its shorter side, the longer one could be larger than memory.
+    """
+    height, width = image.shape[1:]
+    most = THINNEST * min(height, width)
+    if max(height, width) <= most:
+        return image
+    from torchvision.transforms.v2 import functional
+
+    return functional.center_crop(image, [min(height, most), min(width, most)])
 
 
 def worker_count(asked: int | None, device: torch.device) -> int:
@@ -113,11 +131,18 @@ def image_of(path: str) -> Tensor:
     if torchvision_agrees(content):
         # It is to lose its decoder, and cannot decode rare kinds: then it is Pillow's turn.
         with suppress(ImportError, RuntimeError):
-            from torchvision.io import ImageReadMode, decode_image
-
             encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+            return _torchvision_decoder()(encoded)
     return torch.from_numpy(np.array(decode_bytes(content))).permute(2, 0, 1)
+
+
+@cache
+def _torchvision_decoder() -> Callable[[Tensor], Tensor]:
+    from torchvision.io import ImageReadMode, decode_image
+
+    # That it is deprecated is said for every image.
+    warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
+    return partial(decode_image, mode=ImageReadMode.RGB, apply_exif_orientation=True)
 
 
 @contextmanager
@@ -130,7 +155,7 @@ def workers_watched() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not any(words in str(error) for words in KILLED):
             raise
         traceback.clear_frames(error.__traceback__)
         raise LtnormError(
@@ -222,8 +247,9 @@ def _collate(images: list[Tensor | Unreadable]) -> Tensor | Unreadable:
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches all processes; the main one ends the workers."""
+    """Ctrl-C, and what a scheduler sends, reach all processes; the main one ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _decoded(loader: DataLoader) -> Iterator[Tensor]:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ltnorm.data import check
 from ltnorm.data.check import Checked, shown
-from ltnorm.data.source import Listing, Split
+from ltnorm.data.source import Listing, Part, Split
 from ltnorm.errors import LtnormError, UsageError
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -19,8 +19,8 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 KEPT = 1 << 30
 # So many bad files are named in a message; a file names all.
 NAMED = 10
-# The name under which a prepared set records what is known of its source.
-RECORD = "source.npz"
+# What a prepared set keeps of a listing besides.
+KEPT_ABOUT = ("notes", "layout", "mean", "std")
 # By what it is noticed that a file has changed: what `check.changed` takes.
 COMPARED = ("size", "mtime_ns", "digest")
 
@@ -115,7 +115,7 @@ def read(
             raise UsageError(
                 f"no training image of class '{name}' decodes", "replace its images, or remove it"
             )
-    content = _content(listing.content, paths, splits, good, checked.digest)
+    content = _content(listing.content, paths, labels, splits, good, checked.digest)
     return Known(listing, paths, labels, splits, checked, good, content, images)
 
 
@@ -137,9 +137,8 @@ def bad_images(listing: Listing, paths: np.ndarray, checked: Checked, file: Path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8", errors="replace")
     more = f" and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
-    images = "image" if len(bad) == 1 else "images"
     return LtnormError(
-        f"{len(bad):,} of {len(paths):,} {images} under {listing.root} cannot be used: "
+        f"{len(bad):,} of {len(paths):,} images under {listing.root} cannot be used: "
         f"{'; '.join(bad[:NAMED])}{more}",
         f"--on-bad skip leaves them out; {file} lists all of them",
     )
@@ -148,11 +147,12 @@ def bad_images(listing: Listing, paths: np.ndarray, checked: Checked, file: Path
 def _content(
     listed: str | None,
     paths: np.ndarray,
+    labels: np.ndarray,
     splits: np.ndarray,
     good: np.ndarray,
     digests: np.ndarray,
 ) -> str:
-    """The identity of the good files, from their split, path and bytes.
+    """The identity of the good files, from their split, label, path and bytes.
 
     Published lists have one of their own, as long as none of their images is left out.
     """
@@ -160,7 +160,7 @@ def _content(
         return listed
     whole = hashlib.sha256((listed or "").encode())
     for i in np.flatnonzero(good).tolist():
-        whole.update(b"%d\0%b\0%b" % (splits[i], paths[i], digests[i].tobytes()))
+        whole.update(b"%d %d %b\0%b" % (splits[i], labels[i], paths[i], digests[i].tobytes()))
     return whole.hexdigest()
 
 
@@ -184,8 +184,7 @@ def record(known: Known, file: Path) -> None:
 
 def recognise(listing: Listing, file: Path) -> Known | str:
     """What was recorded of a listing, if its files are still the same; else what has changed."""
-    with np.load(file) as saved:
-        recorded = {name: saved[name] for name in saved.files}
+    recorded = _recorded(file)
     paths, labels, splits = _entries(listing)
     if not np.array_equal(paths, recorded["paths"]):
         added = len(np.setdiff1d(paths, recorded["paths"]))
@@ -196,27 +195,60 @@ def recognise(listing: Listing, file: Path) -> Known | str:
         same = same and np.array_equal(ours, recorded[name])
     if not same:
         return "other labels or splits"
-    if changes := _changes(recorded, listing.root):
-        return changes
-    arrays = {f.name: recorded[f.name] for f in fields(Checked) if f.name != "errors"}
-    errors = dict(zip(recorded["bad"].tolist(), recorded["reasons"].tolist(), strict=True))
-    checked = Checked(**arrays, errors=errors)
-    content = str(recorded["content"])
-    return Known(listing, paths, labels, splits, checked, recorded["good"], content)
+    return _changes(recorded, listing.root) or _known(listing, recorded)
+
+
+def restore(root: Path, classes: list[str], about: Mapping[str, Any], file: Path) -> Known:
+    """What was recorded, with the listing that it was recorded of. No file is looked at.
+
+    Args:
+        root: where the files lie.
+        classes: their names.
+        about: the fields KEPT_ABOUT of the listing.
+        file: the record.
+    """
+    recorded = _recorded(file)
+    parts = {
+        split: Part(recorded["paths"][member], recorded["labels"][member])
+        for i, split in enumerate(SPLITS)
+        if (member := recorded["splits"] == i).any()
+    }
+    known = {key: tuple(v) if isinstance(v, list) else v for key, v in about.items()}
+    content = str(recorded["listed"]) or None
+    return _known(Listing(root, classes, parts, content=content, **known), recorded)
 
 
 def changes(root: Path, file: Path) -> str:
     """What has changed of the recorded files below `root`, in words; empty if nothing has."""
+    return _changes(_recorded(file), root)
+
+
+def _recorded(file: Path) -> dict[str, np.ndarray]:
     with np.load(file) as saved:
-        return _changes({name: saved[name] for name in ("paths", *COMPARED)}, root)
+        return {name: saved[name] for name in saved.files}
+
+
+def _known(listing: Listing, recorded: Mapping[str, np.ndarray]) -> Known:
+    arrays = {f.name: recorded[f.name] for f in fields(Checked) if f.name != "errors"}
+    errors = dict(zip(recorded["bad"].tolist(), recorded["reasons"].tolist(), strict=True))
+    return Known(
+        listing,
+        *(recorded[name] for name in ("paths", "labels", "splits")),
+        Checked(**arrays, errors=errors),
+        recorded["good"],
+        str(recorded["content"]),
+    )
 
 
 def _changes(recorded: Mapping[str, np.ndarray], root: Path) -> str:
-    there = np.flatnonzero(recorded["size"] >= 0)
-    paths, *known = (recorded[name][there] for name in ("paths", *COMPARED))
-    changed = check.changed(root, paths, *known)
+    missing = recorded["size"] < 0  # or not to be read
+    paths, *known = (recorded[name][~missing] for name in ("paths", *COMPARED))
+    changed = [(shown(paths[i]), why) for i, why in check.changed(root, paths, *known).items()]
+    gone = recorded["paths"][recorded["bad"][recorded["reasons"] == check.MISSING]]
+    there, _ = check.stat(root, gone)
+    changed += [(shown(path), "is there now") for path in gone[there >= 0]]
     if not changed:
         return ""
-    index, reason = min(changed.items())
+    first, reason = changed[0]
     more = f", and {len(changed) - 1:,} other files" if len(changed) > 1 else ""
-    return f"{shown(paths[index])} {reason}{more}"
+    return f"{first} {reason}{more}"

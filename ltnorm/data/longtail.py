@@ -168,7 +168,7 @@ def _imposed(
     most = largest_n_max(available, ratio, profile) if len(left) > 1 and ratio >= 1 else left[0]
     if n_max is not None and n_max > most:
         raise UsageError(
-            f"n_max {n_max} is more than the data has: {most} images of the largest class",
+            f"n_max {n_max} is more than the data has at this ratio: {most}",
             f"--n-max can be at most {most}; leave it out to use all",
         )
     by_rank = long_tail_counts(n_max or most, len(left), ratio, profile)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ltnorm import registry
 from ltnorm.data import check, listing
-from ltnorm.data.listing import RECORD, Counting, Known, OnBad
+from ltnorm.data.listing import Counting, Known, OnBad
 from ltnorm.data.longtail import Subset, choose, report_groups, split_test
-from ltnorm.data.prepared import FORMAT, set_id, writing
+from ltnorm.data.prepared import FORMAT, RECORD, set_id, writing
 from ltnorm.data.source import IMAGENET_MEAN, IMAGENET_STD, Source, Split
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.recipe import Dataset
@@ -133,10 +134,12 @@ def from_files(spec: Dataset, known: Known, data_dir: Path, making: Making) -> N
     used = np.concatenate(list(indices.values()))
     size = decoded_size(spec, known.checked.width[used], known.checked.height[used])
     if size:
+        _refuse_unused(spec, size)
         _check_room(data_dir, len(used) * 3 * size**2)
     kept = hashlib.sha256(known.content.encode())
     for index in indices.values():
         kept.update(index.astype("<i8").tobytes())
+        kept.update(np.ascontiguousarray(known.checked.digest[index]))
     image_size = size or spec.options["image_size"]
     about = {
         "images": {split: len(index) for split, index in indices.items()},
@@ -148,6 +151,7 @@ def from_files(spec: Dataset, known: Known, data_dir: Path, making: Making) -> N
         "root": str(found.root),
         "content": known.content,
         "index_sha256": kept.hexdigest(),
+        "listing": {key: getattr(found, key) for key in listing.KEPT_ABOUT},
         "notes": [*found.notes, *_notes(spec, known, indices, size)],
     }
     manifest = _manifest(spec, found.classes, subset, about)
@@ -163,6 +167,16 @@ def from_files(spec: Dataset, known: Known, data_dir: Path, making: Making) -> N
             manifest["mean"], manifest["std"] = moments(folder / "train_images.npy")
 
 
+def _refuse_unused(spec: Dataset, size: int) -> None:
+    """An option without an effect would be a second name of one set."""
+    defaults = registry.options_model("dataset", spec.name)()
+    if spec.options["image_size"] != defaults.image_size:
+        raise UsageError(
+            f"dataset.image_size: has no effect, these images are decoded at {size} pixels",
+            "leave it out",
+        )
+
+
 def cut(spec: Dataset, known: Known) -> tuple[Subset, dict[Split, np.ndarray]]:
     """Which files are in which split: indices into `known`."""
     found, train = known.listing, known.of("train")
@@ -173,6 +187,10 @@ def cut(spec: Dataset, known: Known) -> tuple[Subset, dict[Split, np.ndarray]]:
         raise UsageError(
             f"--val {spec.val}: the data has a val split of its own", "leave out --val"
         )
+    if "test" in own and spec.options.get("test_per_class"):
+        raise UsageError(
+            "dataset.test_per_class: the data has a test set of its own", "leave it out"
+        )
     if "test" not in own:
         per_class = spec.options.get("test_per_class")
         labels = known.labels[train]
@@ -181,6 +199,12 @@ def cut(spec: Dataset, known: Known) -> tuple[Subset, dict[Split, np.ndarray]]:
     subset = subset_of(spec, known.labels[train], len(found.classes))
     if spec.val:
         own["val"] = train[subset.val]
+    for split, index in own.items():
+        if not len(index):
+            raise UsageError(
+                f"{found.root} has no {split} images to measure by",
+                "each class needs two images where there is no test set, or give it one of its own",
+            )
     return subset, {"train": train[subset.train], **own}
 
 
@@ -199,7 +223,7 @@ def _decode(known: Known, index: np.ndarray, size: int, file: Path, making: Maki
     """Write the images of files as one array, those that were kept when they were read."""
     shape = (len(index), size, size, 3)
     images = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
-    if known.images is not None:
+    if known.images is not None and known.images.shape[1] == size:
         for start in range(0, len(index), PART):
             images[start : start + PART] = known.images[index[start : start + PART]]
         return
@@ -261,8 +285,8 @@ def _notes(
     most = int(max(widths[known.good].max(), heights[known.good].max()))
     if not size and most <= 2 * SMALL:
         yield (
-            f"images of different sizes, at most {most} pixels, stay files: "
-            f"--cache-size {min(most, SMALL)} decodes them once, and trains faster"
+            f"images of up to {most} pixels stay files, which are decoded in every epoch: "
+            f"--cache-size {min(most, SMALL)} does it once"
         )
 
 

@@ -1,7 +1,7 @@
 """Prepared sets: found, or made of what a data set's function gives."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,10 +14,10 @@ from ltnorm import registry
 from ltnorm.data import listing
 from ltnorm.data.datasets import MissingData
 from ltnorm.data.decode import BadImage, decode
-from ltnorm.data.listing import RECORD, Known
+from ltnorm.data.listing import Known
 from ltnorm.data.longtail import split_test
 from ltnorm.data.making import Making, decoded_size, from_files, from_memory, subset_of
-from ltnorm.data.prepared import PreparedSet, at, find, of_title, set_id
+from ltnorm.data.prepared import PreparedSet, find, of_title, set_id
 from ltnorm.data.source import Listing, Raw, Source, Split, printable
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.recipe import Dataset
@@ -39,22 +39,26 @@ def prepare(spec: Dataset, root: Path, data_dir: Path, making: Making = AS_USUAL
         LtnormError: damaged files, failed download, no permission.
         UsageError: a set that cannot be: an empty class, n_max above what the data has.
     """
+    _refuse_inside(spec, root, data_dir)
     raw = Raw(root, making.download, making.lists)
     source: Source | Listing | Known | None = None
-    if is_keyed(spec) and not spec.options["content"]:
+    named = is_keyed(spec) and not spec.options["content"]
+    if named:
         spec, source = _identify(spec, raw, data_dir, making)
     complete = not is_keyed(spec) or spec.options["content"]
     if complete and not making.force and (found := find(spec, data_dir)):
-        return at(found, root)
+        if named and not isinstance(source, Known):
+            _tell_changes(found, making)
+        return _at(found, root, source)
     source = source or load(spec, raw)
     try:
         if isinstance(source, Source):
             from_memory(spec, source, data_dir, making)
         else:
-            known = source if isinstance(source, Known) else _read(spec, source, data_dir, making)
-            spec = _with_content(spec, known)
+            source = source if isinstance(source, Known) else _read(spec, source, data_dir, making)
+            spec = _with_content(spec, source)
             if making.force or not find(spec, data_dir):
-                from_files(spec, known, data_dir, making)
+                from_files(spec, source, data_dir, making)
     except OSError as error:
         raise LtnormError(
             f"cannot write the prepared set to {data_dir}: {error.strerror or error}",
@@ -62,7 +66,22 @@ def prepare(spec: Dataset, root: Path, data_dir: Path, making: Making = AS_USUAL
         ) from error
     made = find(spec, data_dir)
     assert made is not None
-    return replace(at(made, root), fresh=True)
+    return replace(_at(made, root, source), fresh=True)
+
+
+def _refuse_inside(spec: Dataset, root: Path, data_dir: Path) -> None:
+    """What is prepared must not become a part of the folder that it is made of."""
+    if "title" in spec.options and data_dir.resolve().is_relative_to(root.resolve()):
+        raise UsageError(
+            f"--data-dir {data_dir} lies inside the folder of images, {root}",
+            "choose a folder elsewhere with --data-dir DIR",
+        )
+
+
+def _at(prepared: PreparedSet, root: Path, source: Source | Listing | Known | None) -> PreparedSet:
+    """The set, its files looked for below `root` first. Those that are known were compared."""
+    compared = set(prepared.splits) if isinstance(source, Known) else set()
+    return replace(prepared, root=root, compared=compared)
 
 
 def load(spec: Dataset, raw: Raw) -> Source | Listing:
@@ -96,14 +115,12 @@ def _identify(
     Where the user does not say where the images are, but a set of that title was prepared, that
     is the one.
     """
-    if "title" in spec.options and not spec.options["title"] and raw.root != registry.DEFAULT_ROOT:
-        spec = _with(spec, title=printable(raw.root.resolve().name))
-    unnamed = not raw.lists and ("title" not in spec.options or raw.root == registry.DEFAULT_ROOT)
-    prepared = of_title(spec, data_dir) if unnamed else []
-    if contents := {made.spec.options["content"]: made for made in prepared}:
-        chosen = _only(spec, contents)
-        _tell_changes(chosen, making)
-        return _with(spec, content=chosen.spec.options["content"]), None
+    untold = raw.root == registry.DEFAULT_ROOT
+    if "title" in spec.options and not spec.options["title"] and not untold:
+        spec = _with(spec, title=_title(raw.root.resolve().name))
+    by_name = not raw.lists and ("title" not in spec.options or untold)
+    if by_name and (prepared := of_title(spec, data_dir)):
+        return _by_name(spec, prepared, data_dir, making)
     found = load(spec, raw)
     assert isinstance(found, Listing)
     if found.content and not making.force:
@@ -114,33 +131,58 @@ def _identify(
     return (_with(spec, content=known.content), known) if known else (spec, found)
 
 
-def _only(spec: Dataset, contents: Mapping[str, PreparedSet]) -> PreparedSet:
+def _title(folder: str) -> str:
+    """The name of a folder, as far as it can be a title."""
+    return printable(folder).replace("\\", "-").lstrip(".")[:100] or "folder"
+
+
+def _by_name(
+    spec: Dataset, prepared: Sequence[PreparedSet], data_dir: Path, making: Making
+) -> tuple[Dataset, Known | None]:
+    """The set of a title that was prepared, perhaps with another cut; the newest one first."""
+    contents = {made.spec.options["content"]: made for made in reversed(prepared)}
     if len(contents) > 1:
-        sets = ", ".join(prepared.path.name for prepared in contents.values())
+        sets = ", ".join(made.path.name for made in contents.values())
         raise UsageError(
             f"several sets called '{spec.title}' are prepared: {sets}",
             "say which: --root DIR, or --set dataset.content=... (the whole hash)",
         )
-    return next(iter(contents.values()))
+    [(content, newest)] = contents.items()
+    spec = _with(spec, content=content)
+    record = newest.record()
+    if record is None or (find(spec, data_dir) and not making.force):
+        return spec, None
+    root = Path(newest.manifest["root"])
+    if changes := listing.changes(root, record):
+        raise UsageError(
+            f"{root} has changed since {newest.set_id} was prepared: {changes}",
+            "--root DIR prepares what is there now",
+        )
+    return spec, listing.restore(root, newest.classes, newest.manifest["listing"], record)
 
 
 def _tell_changes(prepared: PreparedSet, making: Making) -> None:
-    root, record = Path(prepared.manifest["root"]), prepared.path / RECORD
-    if root.is_dir() and (changes := listing.changes(root, record)):
-        making.tell(f"{root} has changed since {prepared.set_id} was prepared: {changes}")
+    record = prepared.record()
+    root = Path(prepared.manifest.get("root", ""))
+    if record and root.is_dir() and (changes := listing.changes(root, record)):
+        making.tell(
+            f"{root} has changed since {prepared.set_id} was prepared: {changes}; "
+            "--force prepares it anew"
+        )
 
 
 def _recognise(spec: Dataset, found: Listing, data_dir: Path, making: Making) -> Known | None:
     """What an earlier preparation knows of the same files, so that they need not be read again."""
     changes = ""
     for prepared in [] if making.force else of_title(spec, data_dir):
-        record = prepared.path / RECORD
-        if not record.is_file():
+        try:
+            record = prepared.record()
+        except LtnormError:  # a damaged one can tell nothing
             continue
-        known = listing.recognise(found, record)
+        known = listing.recognise(found, record) if record else ""
         if isinstance(known, Known):
             return known
-        if isinstance(known, str) and not changes:
+        if known and not changes:
             changes = f"{found.root} has changed since {prepared.set_id} was prepared: {known}"
     if changes:
         making.tell(changes)
@@ -193,7 +235,7 @@ def preview(spec: Dataset, root: Path, data_dir: Path) -> Preview | None:
     """What the prepared set for `spec` is or would be. Nothing is written.
 
     None where neither it nor the raw data is there, and the registry does not know the size of the
-    data set either. Of files no more than the first one is read.
+    data set either. Of files that are not known yet no more than the first one is read.
     """
     source: Source | Listing | Known | None = None
     if is_keyed(spec) and not spec.options["content"]:
@@ -215,7 +257,7 @@ def preview(spec: Dataset, root: Path, data_dir: Path) -> Preview | None:
         classes, images, height = size
         labels = np.repeat(np.arange(classes), images)
         cached = spec.options.get("cache_size")
-        decoded = bool(cached) or "image_size" not in spec.options
+        decoded = bool(cached) or "cache_size" not in spec.options
         height = cached or spec.options.get("image_size") or height
         return Preview(spec, subset_of(spec, labels, classes).counts, height, splits, decoded)
     if isinstance(source, Source):

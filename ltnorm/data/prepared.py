@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from ltnorm.recipe import Dataset
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+# What is known of the files that a set was made of.
+RECORD = "source.npz"
 # Larger files are mapped into memory, not read.
 READ_WHOLE = 2 << 30
 # Options of a data set that say which images it holds, and not how they are cut.
@@ -102,6 +104,17 @@ class PreparedSet:
         """Images of each split."""
         return self.manifest["images"]
 
+    def record(self) -> Path | None:
+        """The checked file of what is known of its source, where that is files; see `listing`.
+
+        Raises:
+            LtnormError: it is missing or damaged.
+        """
+        if RECORD not in self.manifest["sha256"]:
+            return None
+        self._check(RECORD)
+        return self.path / RECORD
+
     @property
     def splits(self) -> list[Split]:
         """The splits that it has: train, test, and perhaps val."""
@@ -148,7 +161,7 @@ class PreparedSet:
             raise LtnormError(
                 f"{root}/{shown(paths[index])} {reason} since {self.set_id} was prepared"
                 + (f" ({len(wrong):,} of {len(paths):,} files)" if len(wrong) > 1 else ""),
-                "`ltnorm prepare` with the same flags makes a set of what is there now",
+                "`ltnorm prepare --force` with the same flags makes a set of what is there now",
             )
 
     def _root(self, paths: np.ndarray) -> Path:
@@ -239,7 +252,7 @@ def _open(path: Path) -> PreparedSet:
 def of_title(spec: Dataset, data_dir: Path) -> list[PreparedSet]:
     """All prepared sets of the same data set and title, the newest first; damaged ones left out."""
     found = []
-    for manifest in data_dir.glob(f"*/{MANIFEST}"):
+    for manifest in data_dir.glob(f"[!.]*/{MANIFEST}"):
         try:
             prepared = _open(manifest.parent)
         except LtnormError:
@@ -279,11 +292,6 @@ def writing(path: Path, manifest: dict[str, Any], overwrite: bool) -> Iterator[P
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def at(prepared: PreparedSet, root: Path) -> PreparedSet:
-    """The same set, its files looked for below `root` first."""
-    return replace(prepared, root=root, compared=set())
 
 
 def sha256(path: Path) -> str:

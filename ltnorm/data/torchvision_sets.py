@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import PositiveInt
 
 from ltnorm import registry
 from ltnorm.data.datasets import MissingData
@@ -25,6 +24,7 @@ from ltnorm.data.source import (
     Part,
     Pixels,
     Raw,
+    Size,
     Source,
     Split,
 )
@@ -256,8 +256,8 @@ def files(
     variant: str,
     raw: Raw,
     *,
-    cache_size: PositiveInt | None = None,
-    image_size: PositiveInt = 224,
+    cache_size: Size | None = None,
+    image_size: Size = 224,
 ) -> Listing:
     """A set that torchvision keeps as files, `variant` of `FILES`; none of them is opened.
 
