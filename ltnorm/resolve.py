@@ -52,7 +52,8 @@ def resolve(
     mistakes: list[Mistake] = []
     typed = {**overrides.flags, **dict(sets)}
     if typed.get("dataset.profile") == "natural" and typed.get("dataset.ratio") is not None:
-        mistakes.append(Mistake("dataset.ratio", "has no effect with profile natural"))
+        hint = "leave out one of the two"
+        mistakes.append(Mistake("dataset.ratio", "has no effect with profile natural", hint))
     for given in (dict(sets), overrides.flags):
         if len(budgets := [k for k in BUDGETS if f"train.{k}" in given]) > 1:
             text = f"one budget is enough, not {' and '.join(budgets)}"

@@ -111,7 +111,8 @@ def _conflicts(recipe: Recipe) -> Iterator[Mistake]:
         yield Mistake("eval.split", text)
     for key, unset in (("ratio", None), ("n_max", None), ("class_order", "label")):
         if dataset.profile == "natural" and getattr(dataset, key) != unset:
-            yield Mistake(f"dataset.{key}", "has no effect with profile natural")
+            hint = "leave it out, or impose a profile with --ratio"
+            yield Mistake(f"dataset.{key}", "has no effect with profile natural", hint)
     if dataset.profile != "natural" and dataset.ratio is None:
         yield Mistake("dataset.ratio", f"profile {dataset.profile} needs one")
     if given := [key for key in BUDGETS if getattr(train, key) is not None][1:]:

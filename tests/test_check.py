@@ -227,37 +227,56 @@ def test_a_killed_worker_is_an_error_and_no_hang(many, monkeypatch):
     assert "memory" in error.value.hint
 
 
-@pytest.mark.parametrize("send", [os.killpg, os.kill])
-def test_an_interrupt_is_quick_and_quiet(send):
-    # A terminal sends it to all processes at once; a chunk takes 25 s.
-    script = """
-        import os, sys, time
-        from pathlib import Path
-        import numpy as np
-        from ltnorm.data import check as module
+# A chunk of files takes 25 s.
+SLOW = """
+    import os, sys, time
+    from pathlib import Path
+    import numpy as np
+    from ltnorm.data import check as module
 
-        def slow(*_):
-            os.write(1, b"begun\\n")
-            time.sleep(0.1)
-            return b""
+    def slow(*_):
+        os.write(1, b"begun\\n")
+        time.sleep(0.1)
+        return b""
 
-        module._read_file = slow
-        paths = np.array([b"x"] * 5000)
-        try:
-            module.check(Path("."), paths, workers=2)
-        except KeyboardInterrupt:
-            sys.exit(130)
-    """
+    module._read_file = slow
+    paths = np.array([b"x"] * 5000)
+    try:
+        module.check(Path("."), paths, workers=2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def start_slow() -> subprocess.Popen:
+    """A process with two workers, which have begun; in a group of its own."""
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        [sys.executable, "-c", textwrap.dedent(SLOW)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
     assert process.stdout.readline() == b"begun\n"
+    return process
+
+
+@pytest.mark.parametrize("send", [os.killpg, os.kill])
+def test_an_interrupt_is_quick_and_quiet(send):
+    process = start_slow()  # a terminal sends it to all processes at once
     send(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=5)
     assert (process.returncode, told) == (130, b"")
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process of its parent's end"
+)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_do_not_outlive_a_process_that_is_killed(how):
+    process = start_slow()
+    os.kill(process.pid, how)
+    process.communicate(timeout=5)  # which waits until no process holds its pipes
+    assert process.returncode == -how
 
 
 def test_paths_are_shown_in_one_line():

@@ -5,6 +5,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ltnorm.data import files as decoding
 from ltnorm.data.decode import decode
 from ltnorm.data.files import Decoded, worker_count, workers_watched
 from ltnorm.data.loader import Loader, batches, normalize
-from ltnorm.data.prepare import PreparedSet
+from ltnorm.data.prepared import PreparedSet
 from ltnorm.data.source import IMAGENET_MEAN, IMAGENET_STD, Files
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.evaluation.evaluate import predict
@@ -386,3 +387,37 @@ def test_workers_are_a_flag_of_every_command_that_reads_images(ltnorm):
     ):
         assert ltnorm(command).code == 0
     assert "workers: 1" in Path(run_directory, "recipe.yaml").read_text()
+
+
+def test_a_termination_of_all_processes_is_a_termination(tmp_path):
+    # As a scheduler does it: every process of the group hears it.
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(256, size=(70, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.jpg")
+    command = [sys.executable, "-m", "ltnorm", "train", "--dataset", "folder", "--root", "photos"]
+    command += ["--model", "resnet8", "--batch-size", "4", "--epochs", "1000", "--workers", "2"]
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.Popen(
+        [*command, "--set", "dataset.image_size=16"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    told = ""
+    while "epoch 1/" not in told:
+        told = process.stderr.readline()
+        assert told, "it ended before its first epoch"
+    os.killpg(process.pid, signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 143, told
+    assert [line.split(":")[0] for line in told.splitlines()[-2:]] == ["error", "hint"]
+    assert "Traceback" not in told

@@ -218,6 +218,9 @@ def test_bad_images_are_named(tmp_path, photos):
     assert sum(made.sizes.values()) == 48 - 12
     assert any("12 images that do not decode are left out" in n for n in made.manifest["notes"])
     assert not files_of(photos, made, "train") & {f"ant/{i:03d}.png" for i in range(12)}
+    assert not prepare(spec(), photos, tmp_path / "data").fresh  # the choice stays with the set
+    with pytest.raises(LtnormError, match="12 of 48 images"):  # and not with another one
+        prepare(spec(ratio=2), photos, tmp_path / "data")
     # Mended images are noticed.
     draw(photos, {"ant": 12}, seed=5)
     assert prepare(spec(), photos, tmp_path / "data").path != made.path
@@ -476,10 +479,10 @@ def test_what_has_no_effect_is_refused(tmp_path, photos):
 def test_the_order_of_the_command_line_does_not_matter():
     natural = {"dataset": {"name": "folder", "profile": "natural", "ratio": None}}
     sets = ["dataset.class_order=reversed", "dataset.ratio=10"]
-    for given in (
+    for typed in (
         Overrides(sets=sets),
         Overrides(sets=sets[::-1]),
         Overrides({"dataset.class_order": "reversed"}, sets[1:]),
     ):
-        resolved = resolve(natural, given)[0].dataset
+        resolved = resolve(natural, typed)[0].dataset
         assert (resolved.profile, resolved.ratio, resolved.class_order) == ("exp", 10, "reversed")

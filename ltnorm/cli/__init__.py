@@ -14,6 +14,7 @@ import typer
 
 from ltnorm import __version__
 from ltnorm.cli import bench, catalogue, compare, evaluate, inspect, prepare, retrain, train
+from ltnorm.cli.signals import Terminated, terminable
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError
 
@@ -63,10 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         arguments = sys.argv[1:] if arguments is None else list(arguments)
-        code = app(args=arguments, prog_name="ltnorm", standalone_mode=False)
+        with terminable():
+            code = app(args=arguments, prog_name="ltnorm", standalone_mode=False)
         if code == 130:  # typer's answer to Ctrl-C
             return _fail("interrupted", "nothing that was finished is lost; type it again", 130)
         return code if isinstance(code, int) else 0
+    except Terminated:
+        return _fail("terminated", "nothing that was finished is lost; type it again", 143)
     except LtnormError as error:
         return _fail(error.message, error.hint, error.exit_code)
     except BrokenPipeError:

@@ -187,6 +187,7 @@ def _document(prepared: Any, scheme: str, groups: list[str]) -> dict[str, Any]:
         "set_id": prepared.set_id,
         "path": str(prepared.path),
         "fresh": prepared.fresh,
+        "content": prepared.manifest.get("content"),
         "index_sha256": prepared.index_sha256,
         "decoded": prepared.decoded,
         "image_size": prepared.image_size,

@@ -1,7 +1,6 @@
 """`ltnorm train`."""
 
 import dataclasses
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ltnorm.cli import dryrun, options
+from ltnorm.cli.signals import Terminated
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError, UsageError, did_you_mean
 
@@ -26,10 +26,6 @@ class Interrupted(LtnormError):
             )
         super().__init__(f"interrupted, {done} of {planned} runs finished", again)
         self.exit_code = exit_code
-
-
-class _Terminated(Exception):
-    """SIGTERM arrived."""
 
 
 # What `--schedule` sets, by its value.
@@ -158,18 +154,11 @@ def _schedules(values: Sequence[str]) -> dict[str, str]:
 @contextmanager
 def interruptible(done: Mapping[Path, Any], planned: Sequence[Any], force: bool) -> Iterator[None]:
     """Ctrl-C and SIGTERM end what is inside with one error that says how far it came."""
-    before = signal.signal(signal.SIGTERM, _on_terminate)
     try:
         yield
-    except (KeyboardInterrupt, _Terminated) as stop:
-        code = 143 if isinstance(stop, _Terminated) else 130
+    except (KeyboardInterrupt, Terminated) as stop:
+        code = 143 if isinstance(stop, Terminated) else 130
         raise Interrupted(code, len(done), len(planned), force) from stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _on_terminate(*_: Any) -> None:
-    raise _Terminated
 
 
 @dataclasses.dataclass(frozen=True)

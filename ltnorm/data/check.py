@@ -36,6 +36,7 @@ Tell = Callable[[int], None]
 _CHUNK = 256
 _CHUNK_BYTES = 16 << 20  # of decoded images
 _FEW = 2 * _CHUNK  # starting processes takes longer than these
+_PR_SET_PDEATHSIG = 1
 _stop = ctypes.c_byte(0)  # of a worker: set by the parent, in memory that they share
 LEAVES = "leaves the root"
 MISSING = "is missing"
@@ -311,7 +312,7 @@ def _in_processes(
     # Forked workers start at once and import nothing; elsewhere than on Linux a fork is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     stop = context.RawValue("b", 0)
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(stop,))
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(stop, os.getpid()))
     waiting: deque[tuple[int, Future[T]]] = deque()
 
     def hand_out(count: int) -> None:
@@ -347,12 +348,19 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(stop: ctypes.c_byte) -> None:
-    """In a worker: where the parent says that it should end, and no handlers of the parent's."""
+def _begin(stop: ctypes.c_byte, parent: int) -> None:
+    """In a worker: where the parent says that it should end, and no handlers of the parent's.
+
+    It ends with its parent, however that ends; else it would wait for it for ever.
+    """
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _until_stopped(paths: np.ndarray) -> Iterator[bytes]:

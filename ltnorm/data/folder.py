@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 
 from ltnorm.data.decode import SUFFIXES
 from ltnorm.data.source import Content, Listing, Part, Raw, Size, Split, class_names, printable
@@ -36,7 +36,14 @@ HIDDEN, OTHER = "hidden files and folders", "files that are no images by their s
 BESIDE, ASIDE = "images that lie beside class folders", "folders that lie beside train"
 LOOPS = "links to a folder that they lie in"
 
-Title = Annotated[str, Field(max_length=100, pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$")]
+
+def _titled(title: str) -> str:
+    if not title or title[0] == "." or set(title) & set("/\\") or title != printable(title):
+        raise ValueError("a title has no / or \\, and does not begin with a dot")
+    return title
+
+
+Title = Annotated[str, Field(max_length=100), AfterValidator(_titled)]
 # The files of each class folder, by its name: paths below the root.
 Classes = dict[str, list[str]]
 

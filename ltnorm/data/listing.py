@@ -107,9 +107,8 @@ def read(
         )
     good = np.ones(len(paths), bool)
     good[list(checked.errors)] = False
-    if checked.errors and on_bad == "fail":
-        file = data_dir / f"{title}-bad-images.txt"
-        raise bad_images(listing, paths, checked, file)
+    if on_bad == "fail":
+        refuse_bad(listing, paths, checked, title, data_dir)
     for label, name in enumerate(listing.classes):
         if not (good & (labels == label) & (splits == 0)).any():
             raise UsageError(
@@ -131,16 +130,21 @@ def _refuse_missing(listing: Listing, paths: np.ndarray) -> None:
         )
 
 
-def bad_images(listing: Listing, paths: np.ndarray, checked: Checked, file: Path) -> LtnormError:
-    """The error for images that do not decode; `file` is written and names all of them."""
+def refuse_bad(
+    listing: Listing, paths: np.ndarray, checked: Checked, title: str, data_dir: Path
+) -> None:
+    """Raise LtnormError if images do not decode, with the name of a file that lists them."""
+    if not checked.errors:
+        return
+    file = data_dir / f"{title}-bad-images.txt"
     bad = [f"{shown(paths[i])} ({reason})" for i, reason in sorted(checked.errors.items())]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8", errors="replace")
     more = f" and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
-    return LtnormError(
+    raise LtnormError(
         f"{len(bad):,} of {len(paths):,} images under {listing.root} cannot be used: "
         f"{'; '.join(bad[:NAMED])}{more}",
-        f"--on-bad skip leaves them out; {file} lists all of them",
+        f"`ltnorm prepare --on-bad skip` leaves them out; {file} lists all of them",
     )
 
 

@@ -143,7 +143,7 @@ def choose(
     if val >= smallest:
         raise UsageError(
             f"val {val} leaves no training image: the smallest class has {smallest}",
-            f"--val can be at most {smallest - 1}",
+            f"--val can be at most {smallest - 1}" if smallest > 1 else "leave out --val",
         )
     left = [len(indices) - val for indices in shuffled]
     if profile == "natural":

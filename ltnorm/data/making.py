@@ -263,7 +263,8 @@ def _notes(
 ) -> Iterator[str]:
     """What users should know of a set, beyond what its listing says."""
     if bad := int((~known.good).sum()):
-        yield f"{bad:,} images that do not decode are left out"
+        images = "image that does not decode is" if bad == 1 else "images that do not decode are"
+        yield f"{bad:,} {images} left out"
     names, classes = known.listing.classes, len(known.listing.classes)
     test = np.bincount(known.labels[indices["test"]], minlength=classes)
     if "test" not in known.listing.parts:

@@ -1,6 +1,7 @@
 """Prepared sets: found, or made of what a data set's function gives."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -51,11 +52,17 @@ def prepare(spec: Dataset, root: Path, data_dir: Path, making: Making = AS_USUAL
             _tell_changes(found, making)
         return _at(found, root, source)
     source = source or load(spec, raw)
+    _check_data_dir(data_dir)
     try:
         if isinstance(source, Source):
             from_memory(spec, source, data_dir, making)
         else:
-            source = source if isinstance(source, Known) else _read(spec, source, data_dir, making)
+            if isinstance(source, Listing):
+                source = _read(spec, source, data_dir, making)
+            elif making.on_bad == "fail":  # it was known to a set that skipped them
+                listing.refuse_bad(
+                    source.listing, source.paths, source.checked, spec.slug, data_dir
+                )
             spec = _with_content(spec, source)
             if making.force or not find(spec, data_dir):
                 from_files(spec, source, data_dir, making)
@@ -67,6 +74,19 @@ def prepare(spec: Dataset, root: Path, data_dir: Path, making: Making = AS_USUAL
     made = find(spec, data_dir)
     assert made is not None
     return replace(_at(made, root, source), fresh=True)
+
+
+def _check_data_dir(data_dir: Path) -> None:
+    """Check, before work starts, that prepared sets can be written."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=data_dir):
+            pass
+    except OSError as error:
+        raise LtnormError(
+            f"cannot write the prepared set to {data_dir}: {error.strerror or error}",
+            "choose a writable folder with --data-dir DIR",
+        ) from error
 
 
 def _refuse_inside(spec: Dataset, root: Path, data_dir: Path) -> None:
@@ -142,10 +162,10 @@ def _by_name(
     """The set of a title that was prepared, perhaps with another cut; the newest one first."""
     contents = {made.spec.options["content"]: made for made in reversed(prepared)}
     if len(contents) > 1:
-        sets = ", ".join(made.path.name for made in contents.values())
+        sets = "; ".join(f"{made.path.name} ({content})" for content, made in contents.items())
         raise UsageError(
             f"several sets called '{spec.title}' are prepared: {sets}",
-            "say which: --root DIR, or --set dataset.content=... (the whole hash)",
+            "say which: --root DIR, or --set dataset.content=..., the hash in brackets",
         )
     [(content, newest)] = contents.items()
     spec = _with(spec, content=content)

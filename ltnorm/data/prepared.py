@@ -6,11 +6,13 @@ images stay files, the `paths` of the files with what they were when they were c
 the hash of the kept indices, and a sha256 of every file.
 """
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 # What is known of the files that a set was made of.
 RECORD = "source.npz"
+ABANDONED = 24 * 3600  # seconds
 # Larger files are mapped into memory, not read.
 READ_WHOLE = 2 << 30
 # Options of a data set that say which images it holds, and not how they are cut.
@@ -275,6 +278,9 @@ def writing(path: Path, manifest: dict[str, Any], overwrite: bool) -> Iterator[P
     whole or not at all.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     temporary.chmod(0o755)
     try:
