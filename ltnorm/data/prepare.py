@@ -48,7 +48,7 @@ def prepare(spec: Dataset, root: Path, data_dir: Path, making: Making = AS_USUAL
         spec, source = _identify(spec, raw, data_dir, making)
     complete = not is_keyed(spec) or spec.options["content"]
     if complete and not making.force and (found := find(spec, data_dir)):
-        if named and not isinstance(source, Known):
+        if not isinstance(source, Known) and (named or not is_keyed(spec)):
             _tell_changes(found, making)
         return _at(found, root, source)
     source = source or load(spec, raw)
@@ -57,20 +57,12 @@ def prepare(spec: Dataset, root: Path, data_dir: Path, making: Making = AS_USUAL
         if isinstance(source, Source):
             from_memory(spec, source, data_dir, making)
         else:
-            if isinstance(source, Listing):
-                source = _read(spec, source, data_dir, making)
-            elif making.on_bad == "fail":  # it was known to a set that skipped them
-                listing.refuse_bad(
-                    source.listing, source.paths, source.checked, spec.slug, data_dir
-                )
+            source = _sound(spec, source, data_dir, making)
             spec = _with_content(spec, source)
             if making.force or not find(spec, data_dir):
                 from_files(spec, source, data_dir, making)
     except OSError as error:
-        raise LtnormError(
-            f"cannot write the prepared set to {data_dir}: {error.strerror or error}",
-            "choose a writable folder with --data-dir DIR",
-        ) from error
+        raise _unwritable(data_dir, error) from error
     made = find(spec, data_dir)
     assert made is not None
     return replace(_at(made, root, source), fresh=True)
@@ -83,10 +75,14 @@ def _check_data_dir(data_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=data_dir):
             pass
     except OSError as error:
-        raise LtnormError(
-            f"cannot write the prepared set to {data_dir}: {error.strerror or error}",
-            "choose a writable folder with --data-dir DIR",
-        ) from error
+        raise _unwritable(data_dir, error) from error
+
+
+def _unwritable(data_dir: Path, error: OSError) -> LtnormError:
+    return LtnormError(
+        f"cannot write the prepared set to {data_dir}: {error.strerror or error}",
+        "choose a writable folder with --data-dir DIR",
+    )
 
 
 def _refuse_inside(spec: Dataset, root: Path, data_dir: Path) -> None:
@@ -209,15 +205,21 @@ def _recognise(spec: Dataset, found: Listing, data_dir: Path, making: Making) ->
     return None
 
 
-def _read(spec: Dataset, found: Listing, data_dir: Path, making: Making) -> Known:
+def _sound(spec: Dataset, source: Listing | Known, data_dir: Path, making: Making) -> Known:
+    """The files of a data set, read unless they are known, and whole unless that may be skipped."""
+    if isinstance(source, Known):
+        if making.on_bad == "fail":  # another set may have skipped some
+            checked = source.listing, source.paths, source.checked
+            listing.refuse_bad(*checked, spec.slug, data_dir)
+        return source
     return listing.read(
-        found,
+        source,
         spec.slug,
         data_dir,
         on_bad=making.on_bad,
         workers=making.workers,
         counting=making.counting,
-        size=_likely_size(spec, found),
+        size=_likely_size(spec, source),
         resize=bool(spec.options["cache_size"]),
     )
 

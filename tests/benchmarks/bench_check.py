@@ -1,4 +1,4 @@
-"""Checking and decoding listed files, against a bare loop of Pillow's over a sample of them.
+"""Listed files, checked, decoded and prepared, against a bare loop of Pillow's over some of them.
 
 uv run python tests/benchmarks/bench_check.py
 """
@@ -13,6 +13,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ltnorm.data.check import changed, check, cores, pixels, stat
+from ltnorm.data.making import Making
+from ltnorm.data.prepare import prepare
+from ltnorm.validation import validate
 
 FILES, CLASSES, CONTENTS = 62_500, 365, 300
 SIZE = 64
@@ -42,6 +45,8 @@ def _round(root: Path, paths: np.ndarray) -> None:
     touched = found.mtime_ns + 1
     hashing, wrong = _timed(lambda: changed(root, paths, found.size, touched, found.digest))
     assert not wrong
+    preparing, _ = _timed(lambda: _prepare(root, paths))
+    caching, _ = _timed(lambda: _prepare(root, paths, cache_size=SIZE))
     # The bare loop goes first and last, because other work on the machine comes and goes.
     bare = (before + _bare(root, paths)) / 2
     for name, seconds in (
@@ -49,11 +54,24 @@ def _round(root: Path, paths: np.ndarray) -> None:
         (f"pixels at {SIZE}", decoding),
         ("stat", looking),
         ("hash again", hashing),
-        ("check + pixels", checking + decoding),
+        ("prepare, files", preparing),
+        (f"prepare, {SIZE} px", caching),
     ):
         rate = len(paths) / seconds
         print(f"  {name:16s} {seconds:7.2f} s   {rate * bare:7.2f} x bare Pillow")
     print(f"  {'bare Pillow':16s} {bare * len(paths):7.2f} s")
+
+
+def _prepare(root: Path, paths: np.ndarray, **options: int) -> None:
+    """`ltnorm prepare --dataset lists`, every sixth image for the test."""
+    lists = {}
+    for split, offset in (("train", range(1, 6)), ("test", range(1))):
+        lists[split] = root / f"{split}.txt"
+        chosen = [path.decode() for i, path in enumerate(paths) if i % 6 in offset]
+        lists[split].write_text("".join(f"{path} {int(path[5:8])}\n" for path in chosen))
+    spec = validate({"dataset": {"name": "lists", **options}}).dataset
+    with tempfile.TemporaryDirectory() as data_dir:
+        prepare(spec, root, Path(data_dir), Making(lists=lists))
 
 
 def _timed(action: Callable) -> tuple[float, object]:
