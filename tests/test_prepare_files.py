@@ -486,3 +486,9 @@ def test_the_order_of_the_command_line_does_not_matter():
     ):
         resolved = resolve(natural, typed)[0].dataset
         assert (resolved.profile, resolved.ratio, resolved.class_order) == ("exp", 10, "reversed")
+
+
+def test_lists_of_a_set_that_has_none_are_refused(tmp_path, photos):
+    made = prepare(spec(), photos, tmp_path / "data")
+    with pytest.raises(UsageError, match="folder takes no lists"):
+        prepare(made.spec, photos, tmp_path / "data", Making(lists={"train": tmp_path / "a.txt"}))

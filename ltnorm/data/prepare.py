@@ -40,6 +40,11 @@ def prepare(spec: Dataset, root: Path, data_dir: Path, making: Making = AS_USUAL
         LtnormError: damaged files, failed download, no permission.
         UsageError: a set that cannot be: an empty class, n_max above what the data has.
     """
+    if making.lists and "--list-" not in registry.lookup("dataset", spec.name).needs:
+        raise UsageError(
+            f"{spec.name} takes no lists of images",
+            "leave out --list-..., or take --dataset lists",
+        )
     _refuse_inside(spec, root, data_dir)
     raw = Raw(root, making.download, making.lists)
     source: Source | Listing | Known | None = None
@@ -103,11 +108,6 @@ def _at(prepared: PreparedSet, root: Path, source: Source | Listing | Known | No
 def load(spec: Dataset, raw: Raw) -> Source | Listing:
     """What the data set's function gives."""
     entry = registry.lookup("dataset", spec.name)
-    if raw.lists and "--list-" not in entry.needs:
-        raise UsageError(
-            f"{spec.name} takes no lists of images",
-            "leave out --list-..., or take --dataset lists",
-        )
     function = registry.load(entry.target)
     if entry.variant:
         function = partial(function, entry.variant)
