@@ -21,6 +21,7 @@ from ltnorm.cli import main
 PROJECT = Path(__file__).parent.parent
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 SMALLER = "--epochs 1 --batch-size 32 --model resnet8 --n-max 100 --seeds 0"
+HELD_OUT = "--val 10 --eval-split val"  # 10,000 test images take long
 SMALLER_SYNTHETIC = "--set dataset.train_per_class=100 --set dataset.test_per_class=5"
 
 
@@ -66,11 +67,14 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
             draw_photos(tmp_path / "photos")
             if verb == "train":
                 arguments += shlex.split("--epochs 1 --batch-size 8 --model resnet8 --seeds 0")
+                cached = "--cache-size" in arguments
+                arguments += [] if cached else ["--set", "dataset.image_size=32"]
         elif verb == "train":
             # Deferred weights need an epoch after four fifths of them.
             epochs = "5" if "drw" in command else "1"
             arguments += shlex.split(SMALLER.replace("--epochs 1", f"--epochs {epochs}"))
-            arguments += [] if "cifar10" in command else shlex.split(SMALLER_SYNTHETIC)
+            smaller = HELD_OUT if "cifar10" in command else SMALLER_SYNTHETIC
+            arguments += shlex.split(smaller)
         if verb == "bench":
             arguments += ["--batch-size", "4", "--rounds", "1"]
         assert main([verb, *arguments]) == 0, f"{command}\n{capsys.readouterr().err}"
