@@ -13,8 +13,8 @@ from ltnorm.errors import UsageError
 
 # The bar of the largest class, and what stands beside it.
 _BAR, _BESIDE = 32, 48
-# Of more classes than this, the table shows so many of the head and of the tail.
-_MOST_ROWS, _ENDS = 100, 5
+# Of more classes than this, the table shows the largest and the smallest ones.
+_MOST_ROWS = 100
 
 
 def _list(split: str) -> Any:
@@ -142,13 +142,13 @@ def _table(prepared: Any, scheme: str, groups: list[str], width: int) -> Any:
 
 def _class_table(prepared: Any, groups: list[str], width: int) -> Any:
     """A row a class; of many classes the largest and the smallest ones."""
-    from ltnorm.data.longtail import frequency_order
+    from ltnorm.reporting import longtail
 
     counts, classes = prepared.counts, prepared.classes
     rows: Sequence[int | None] = range(len(counts))
     if len(counts) > _MOST_ROWS:
-        order = frequency_order(counts).tolist()
-        rows = [*order[:_ENDS], None, *order[-_ENDS:]]
+        largest, smallest = longtail.ends(counts)
+        rows = [*largest, None, *smallest]
     # At least one mark, so that a class of the tail does not look empty.
     longest = max(_BAR // 4, min(_BAR, width - _BESIDE))
     cells = [

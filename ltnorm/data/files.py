@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ltnorm.data import augment
+from ltnorm.data.check import cores
 from ltnorm.data.decode import THINNEST, BadImage, decode_bytes, read, torchvision_agrees
 from ltnorm.data.source import Files
 from ltnorm.errors import LtnormError
@@ -115,8 +116,7 @@ def worker_count(asked: int | None, device: torch.device) -> int:
     """
     if asked is not None:
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // 2) if device.type == "cpu" else cores or 1
+    return max(1, cores() // 2) if device.type == "cpu" else cores()
 
 
 def image_of(path: str) -> Tensor:

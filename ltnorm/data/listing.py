@@ -11,10 +11,9 @@ import numpy as np
 
 from ltnorm.data import check
 from ltnorm.data.check import Checked, shown
-from ltnorm.data.source import Listing, Part, Split
+from ltnorm.data.source import SPLITS, Listing, Part, Split
 from ltnorm.errors import LtnormError, UsageError
 
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 # Images of so many bytes are kept in memory when they are read, which spares decoding them twice.
 KEPT = 1 << 30
 # So many bad files are named in a message; a file names all.
@@ -138,7 +137,6 @@ def refuse_bad(
         return
     file = data_dir / f"{title}-bad-images.txt"
     bad = [f"{shown(paths[i])} ({reason})" for i, reason in sorted(checked.errors.items())]
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8", errors="replace")
     more = f" and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
     raise LtnormError(

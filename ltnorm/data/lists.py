@@ -19,6 +19,7 @@ from ltnorm.data.longtail import GROUP_NAMES, report_groups
 from ltnorm.data.source import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    SPLITS,
     Content,
     Listing,
     Part,
@@ -31,7 +32,6 @@ from ltnorm.data.source import (
 from ltnorm.errors import UsageError
 
 PROBES = 48  # files that are looked for to find out how an archive was unpacked
-ORDER: tuple[Split, ...] = ("train", "val", "test")
 Mean = tuple[float, float, float]
 
 
@@ -171,7 +171,7 @@ def lists(
         ),
         parts={
             split: Part(encoded[table.splits == i], table.labels[table.splits == i])
-            for i, split in enumerate(ORDER)
+            for i, split in enumerate(SPLITS)
             if split in entries
         },
         notes=tuple(notes),
@@ -209,7 +209,7 @@ def _wanted(variant: str, published: Published | None, raw: Raw) -> dict[Split, 
                 f"{variant} needs {flag} FILE",
                 f"`ltnorm prepare --dataset {variant} --root DIR --list-train FILE ...`; {what}",
             )
-    return {split: given[split] for split in ORDER if split in given}
+    return {split: given[split] for split in SPLITS if split in given}
 
 
 def _refuse_other_totals(published: Published, entries: Mapping[Split, Entries]) -> None:
@@ -259,7 +259,7 @@ def _absent(entries: Mapping[Split, Entries], classes: int) -> list[str]:
 
 @dataclass(frozen=True)
 class _Table:
-    """All entries in their own order. `splits` indexes `ORDER`; `keys` tell the images of one
+    """All entries in their own order. `splits` indexes `SPLITS`; `keys` tell the images of one
     split and label apart, whatever the style of the paths."""
 
     paths: list[str]
@@ -272,7 +272,7 @@ def _canonical(entries: Mapping[Split, Entries]) -> _Table:
     paths = [path for listed in entries.values() for path in listed.paths]
     labels = np.concatenate([listed.labels for listed in entries.values()])
     splits = np.repeat(
-        [ORDER.index(split) for split in entries], [len(e.paths) for e in entries.values()]
+        [SPLITS.index(split) for split in entries], [len(e.paths) for e in entries.values()]
     )
     for depth in (1, 2, 0):  # the name; with the folder that holds it; the path, unique in all
         keys = _encode(["/".join(path.rsplit("/", depth)[-depth:]) for path in paths])
@@ -292,7 +292,7 @@ def _encode(paths: list[str]) -> np.ndarray:
 def _content(table: _Table) -> str:
     """The sha256 of which images are in which split and class."""
     rows = zip(table.splits.tolist(), table.labels.tolist(), table.keys.tolist(), strict=True)
-    lines = [b"%s %d %s\n" % (ORDER[split].encode(), label, key) for split, label, key in rows]
+    lines = [b"%s %d %s\n" % (SPLITS[split].encode(), label, key) for split, label, key in rows]
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 

@@ -95,7 +95,7 @@ def class_ranks(
     num_classes = len(sizes)
     if order == "frequency":
         ranks = np.empty(num_classes, np.int64)
-        ranks[frequency_order(sizes)] = np.arange(num_classes)
+        ranks[_frequency_order(sizes)] = np.arange(num_classes)
         return ranks
     if order == "reversed":
         return np.arange(num_classes)[::-1].copy()
@@ -196,7 +196,7 @@ def split_test(
     return np.setdiff1d(np.arange(len(labels)), test), test
 
 
-def frequency_order(counts: Sequence[int]) -> np.ndarray:
+def _frequency_order(counts: Sequence[int]) -> np.ndarray:
     """Classes from the most to the least frequent; equal counts keep their label order."""
     return np.argsort(-np.asarray(counts), kind="stable")
 
@@ -217,7 +217,7 @@ def report_groups(counts: list[int], scheme: GroupScheme = "auto") -> tuple[str,
         return "shots", shots
     third = len(counts) // 3
     groups = ["medium"] * len(counts)
-    for rank, label in enumerate(frequency_order(counts)):
+    for rank, label in enumerate(_frequency_order(counts)):
         if rank < third:
             groups[label] = "head"
         elif rank >= len(counts) - third:
@@ -243,7 +243,7 @@ def class_groups(
             f"norm.components {groups} is more than the {len(counts)} classes",
             f"--set norm.components={len(counts)} is the most here",
         )
-    order = frequency_order(counts)
+    order = _frequency_order(counts)
     if scheme == "rank":
         parts = np.array_split(order, groups)
     else:

@@ -209,8 +209,7 @@ def cut(spec: Dataset, known: Known) -> tuple[Subset, dict[Split, np.ndarray]]:
 
 
 def _check_room(data_dir: Path, needed: int) -> None:
-    place = next(p for p in (data_dir, *data_dir.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(data_dir).free
     if needed > free:
         raise LtnormError(
             f"the decoded images take {needed / 2**30:.1f} GiB, and {data_dir} has "

@@ -48,12 +48,11 @@ def prepare(spec: Dataset, root: Path, data_dir: Path, making: Making = AS_USUAL
     _refuse_inside(spec, root, data_dir)
     raw = Raw(root, making.download, making.lists)
     source: Source | Listing | Known | None = None
-    named = is_keyed(spec) and not spec.options["content"]
-    if named:
+    repeated = is_keyed(spec) and not is_open(spec)  # by the recipe of a run
+    if is_open(spec):
         spec, source = _identify(spec, raw, data_dir, making)
-    complete = not is_keyed(spec) or spec.options["content"]
-    if complete and not making.force and (found := find(spec, data_dir)):
-        if not isinstance(source, Known) and (named or not is_keyed(spec)):
+    if not is_open(spec) and not making.force and (found := find(spec, data_dir)):
+        if not isinstance(source, Known) and not repeated:
             _tell_changes(found, making)
         return _at(found, root, source)
     source = source or load(spec, raw)
@@ -117,6 +116,11 @@ def load(spec: Dataset, raw: Raw) -> Source | Listing:
 def is_keyed(spec: Dataset) -> bool:
     """Whether it takes the content to say which images are meant: a name alone does not."""
     return "content" in spec.options
+
+
+def is_open(spec: Dataset) -> bool:
+    """Whether its content is still to be found out."""
+    return is_keyed(spec) and not spec.options["content"]
 
 
 def _with(spec: Dataset, **options: Any) -> Dataset:
@@ -260,14 +264,14 @@ def preview(spec: Dataset, root: Path, data_dir: Path) -> Preview | None:
     data set either. Of files that are not known yet no more than the first one is read.
     """
     source: Source | Listing | Known | None = None
-    if is_keyed(spec) and not spec.options["content"]:
+    if is_open(spec):
         try:
             spec, source = _identify(spec, Raw(root), data_dir, AS_USUAL)
         except UsageError:
             if root != registry.DEFAULT_ROOT:  # the user has said where the images are
                 raise
             return None
-    if (not is_keyed(spec) or spec.options["content"]) and (found := find(spec, data_dir)):
+    if not is_open(spec) and (found := find(spec, data_dir)):
         return Preview(found.spec, found.counts, found.image_size, found.splits, found.decoded)
     splits: list[Split] = ["train", "test", *(["val"] if spec.val else [])]
     try:

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 # Options of sets of files.
 Content = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # sha256 of what the images are
 Size = Annotated[int, Field(ge=8, le=4096)]  # the side of a square image in pixels
