@@ -88,6 +88,14 @@ class Result:
     settings: str
 
 
+@dataclass(frozen=True)
+class Run:
+    """A finished run and the directory that it lies in."""
+
+    result: Result
+    directory: Path
+
+
 COLUMNS = tuple(f.name for f in dataclasses.fields(Result))
 METRICS = ("all", "head", "medium", "tail", "macro_f1", "gmean", "worst_class", "nll", "ece")
 
