@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ltnorm.reporting import published
 from ltnorm.resolve import shipped_recipes
 
 PROJECT = Path(__file__).parent.parent
@@ -14,7 +15,7 @@ UV = shutil.which("uv")
 
 
 @pytest.mark.skipif(UV is None, reason="needs uv")
-def test_the_wheel_brings_its_recipes(tmp_path):
+def test_the_wheel_brings_its_recipes_and_published_numbers(tmp_path):
     def run(*command, cwd=tmp_path):
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -33,3 +34,10 @@ def test_the_wheel_brings_its_recipes(tmp_path):
         "print(len([v.validate(r.read(name)) for name in r.shipped_recipes()]))"
     )
     assert int(run(python, "-c", check)) == len(shipped_recipes())
+    check = (
+        "import ltnorm.reporting.published as p, pathlib\n"
+        "path = p.default_path()\n"
+        "assert path.is_relative_to(pathlib.Path('venv').resolve())\n"
+        "print(len(p.read(path)))"
+    )
+    assert int(run(python, "-c", check)) == len(published.read(published.default_path()))
