@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ from ltnorm.errors import LtnormError, NothingFound, UsageError
 from ltnorm.recipe import Recipe
 
 SCHEMA = 2
-RESULT, RECIPE, OWNER = "result.csv", "recipe.yaml", "fingerprint"
+RESULT, RECIPE, OWNER, PER_CLASS = "result.csv", "recipe.yaml", "fingerprint", "per_class.csv"
+# How text begins that a spreadsheet takes for a formula, or that `escape` has changed.
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 @dataclass(frozen=True)
@@ -235,12 +238,30 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV whole or not at all; None becomes an empty cell."""
+    """Write a CSV whole or not at all; None becomes an empty cell, text is `escape`d."""
+    write_text(path, "".join(_line([*map(escape, row)]) for row in [header, *rows]))
+
+
+def _line(row: Sequence[Any]) -> str:
+    """One row of a CSV."""
     buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_text(path, buffer.getvalue())
+    # A writer quotes a line break in a cell only if its own line ends have that character.
+    csv.writer(buffer, lineterminator="\r\n").writerow(row)
+    return buffer.getvalue().removesuffix("\r\n") + "\n"
+
+
+def escape(cell: Any) -> Any:
+    """A cell that no spreadsheet runs: an apostrophe leads text that begins as a formula does.
+
+    That is text which begins with = + - @ tab or CR, or with apostrophes and one of these, so that
+    `unescape` gives the same text back. What is no text stays as it is.
+    """
+    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
+
+
+def unescape(cell: str) -> str:
+    """The text that `escape` was given."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def write_result(directory: Path, result: Result) -> None:
@@ -255,11 +276,7 @@ def read_result(path: Path) -> Result:
         LtnormError: not a result of this schema, or damaged.
     """
     hint = "delete or move the file, or compare with the version of ltnorm that wrote it"
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = [*csv.reader(file)] or [[]]
-    except (OSError, ValueError, csv.Error) as error:
-        raise LtnormError(f"{path} is not a readable CSV: {error}", hint) from error
+    header, *rows = _read_rows(path, hint)
     if "schema" not in header or "fingerprint" not in header:
         raise LtnormError(f"{path} is not a result of ltnorm", hint)
     if len(rows) != 1 or len(rows[0]) != len(header):
@@ -283,6 +300,15 @@ def read_result(path: Path) -> Result:
     return result
 
 
+def _read_rows(path: Path, hint: str) -> list[list[str]]:
+    """The rows of a CSV, at least one, the header first; cells as they stand there."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [*csv.reader(file)] or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise LtnormError(f"{path} is not a readable CSV: {error}", hint) from error
+
+
 def _parse(cell: str, kind: Any) -> Any:
     """A cell by the type of its column: int, float, str, or one of them or None."""
     optional = "None" in str(kind)
@@ -293,7 +319,47 @@ def _parse(cell: str, kind: Any) -> Any:
         if not math.isfinite(value):
             raise ValueError(f"{cell} is not a finite number")
         return value
-    return int(cell) if kind is int else cell
+    return int(cell) if kind is int else unescape(cell)
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One row of per_class.csv: a class, its images, and its accuracy in percent.
+
+    The accuracy is None where no image of the class was evaluated.
+    """
+
+    class_: int
+    name: str
+    train_images: int
+    group: str
+    eval_images: int
+    accuracy: float | None
+
+
+CLASS_COLUMNS = tuple(f.name.rstrip("_") for f in dataclasses.fields(ClassRow))
+
+
+def write_per_class(directory: Path, rows: Iterable[ClassRow]) -> None:
+    """Write per_class.csv."""
+    write_rows(directory / PER_CLASS, CLASS_COLUMNS, map(dataclasses.astuple, rows))
+
+
+def read_per_class(path: Path) -> list[ClassRow]:
+    """Read one per_class.csv, in its order.
+
+    Raises:
+        LtnormError: it is missing, damaged, or has other columns.
+    """
+    hint = "`ltnorm train --force` makes the run anew"
+    header, *rows = _read_rows(path, hint)
+    if tuple(header) != CLASS_COLUMNS or not rows:
+        raise LtnormError(f"{path} is damaged: it has no rows of {', '.join(CLASS_COLUMNS)}", hint)
+    kinds = [f.type for f in dataclasses.fields(ClassRow)]
+    try:
+        return [ClassRow(*(_parse(c, k) for c, k in zip(row, kinds, strict=True))) for row in rows]
+    except ValueError as error:
+        raise LtnormError(f"{path} is damaged: {error}", hint) from error
 
 
 def find_results(paths: Sequence[Path]) -> list[Path]:

@@ -309,19 +309,16 @@ def _save(
     header = [f.name for f in dataclasses.fields(Epoch)]
     schema.write_rows(directory / "epochs.csv", header, map(dataclasses.astuple, done.epochs))
     metrics = measured.metrics
-    schema.write_rows(
-        directory / "per_class.csv",
-        ("class", "name", "train_images", "group", "eval_images", "accuracy"),
-        zip(
-            range(len(data.classes)),
-            data.classes,
-            data.counts,
-            measured.groups,
-            metrics.images_per_class,
-            metrics.per_class,
-            strict=True,
-        ),
+    classes = zip(
+        range(len(data.classes)),
+        data.classes,
+        data.counts,
+        measured.groups,
+        metrics.images_per_class,
+        metrics.per_class,
+        strict=True,
     )
+    schema.write_per_class(directory, (schema.ClassRow(*row) for row in classes))
     probability = measured.logits.softmax(1).gather(1, measured.labels[:, None])[:, 0]
     arrays = io.BytesIO()
     np.savez_compressed(
