@@ -31,12 +31,16 @@ def _console(stderr: bool) -> Console:
 
 @dataclass
 class Output:
-    """Where a command prints. stdout: tables, one JSON document, directories. stderr: the rest."""
+    """Where a command prints. stdout: tables, one JSON document, directories. stderr: the rest.
+
+    `tell` hears of training as well: the part done, the epochs done, and how many there will be.
+    """
 
     quiet: bool = False
     json: bool = False
     out: Console = field(default_factory=lambda: _console(stderr=False))
     err: Console = field(default_factory=lambda: _console(stderr=True))
+    tell: Callable[[float, int, int | None], None] | None = None
 
     def product(self, renderable: RenderableType) -> None:
         """A table or text for people, on stdout; nothing in JSON mode."""
@@ -109,33 +113,44 @@ class Output:
 class TrainingProgress:
     """Told of every step and epoch of a run by the training loop."""
 
-    # A loss is read from the device only when it is shown, and not more often than this.
+    # A loss is read from the device only when somebody hears of it, and not more often than this.
     refresh_seconds = 0.5
 
     def __init__(
         self, output: Output, progress: "Progress", label: str, epochs: int | None, live: bool
     ) -> None:
         self.output, self.progress, self.label, self.live = output, progress, label, live
+        self.epochs = epochs
         self.of = f"/{epochs}" if epochs else ""
         self.task = progress.add_task(label, total=1.0, state="")
         self.shown = 0.0
 
     def due(self) -> bool:
-        """Whether `step` would show something now."""
-        return self.live and time.monotonic() - self.shown > self.refresh_seconds
+        """Whether `step` should be called now."""
+        heard = self.live or self.output.tell is not None
+        return heard and time.monotonic() - self.shown > self.refresh_seconds
 
     def step(self, done: float, epoch: int, loss: float, images_per_second: float) -> None:
-        """Show the state when a part of the run is done, in 0 .. 1."""
+        """In the midst of an epoch, when a part of the run is done, in 0 .. 1."""
+        self._show(done, epoch, loss, images_per_second)
+        self._tell(done, epoch - 1)
+
+    def _show(self, done: float, epoch: int, loss: float, images_per_second: float) -> None:
         self.shown = time.monotonic()
         state = f"epoch {epoch}{self.of}  loss {loss:.3f}  {images_per_second:,.0f} images/s"
         self.progress.update(self.task, completed=done, state=state)
+
+    def _tell(self, done: float, epochs: int) -> None:
+        if self.output.tell:
+            self.output.tell(done, epochs, self.epochs)
 
     def epoch(
         self, done: float, epoch: int, loss: float, lr: float, images_per_second: float
     ) -> None:
         """An epoch is over."""
+        self._tell(done, epoch)
         if self.live:
-            self.step(done, epoch, loss, images_per_second)
+            self._show(done, epoch, loss, images_per_second)
         else:
             self.output.note(
                 f"{self.label}  epoch {epoch}{self.of}  loss {loss:.4f}  lr {lr:.4g}  "
@@ -143,10 +158,14 @@ class TrainingProgress:
             )
 
 
-def grid(columns: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
+def grid(
+    columns: Sequence[Sequence[str]],
+    left: Sequence[int] = (0,),
+    text_width: int | None = LABEL_WIDTH,
+) -> Table:
     """A table of columns, each led by its heading; those in `left` are text, the others numbers.
 
-    Text may be folded, a number never.
+    Text may be folded, where it is wider than `text_width` or the terminal; a number never.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for i, (heading, *_) in enumerate(columns):
@@ -156,7 +175,7 @@ def grid(columns: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Table:
             justify="left" if text else "right",
             no_wrap=not text,
             overflow="fold",
-            max_width=LABEL_WIDTH if text else None,
+            max_width=text_width if text else None,
         )
     for cells in zip(*(column[1:] for column in columns), strict=True):
         table.add_row(*map(Text, cells))

@@ -40,6 +40,7 @@ def test_train_eval_compare(ltnorm):
         assert files == [
             "checkpoint.pt",
             "epochs.csv",
+            "lock",
             "per_class.csv",
             "predictions.npz",
             "recipe.yaml",

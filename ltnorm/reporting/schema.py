@@ -7,6 +7,7 @@
         predictions.npz  prediction and probability of the true class for each image
         checkpoint.pt    the trained model
         result.csv       one row, written last: the mark of a finished run
+        lock, status.json  while it is made, see `state`
 
 A setting is `<model>-<norm>-<loss>[-drw][-<sampler>][-<method>[-<norm mode>]][-<tag>]`. Its
 directory belongs to one fingerprint, which lies in it; another recipe of the same names gets a
@@ -22,7 +23,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -362,24 +363,52 @@ def read_per_class(path: Path) -> list[ClassRow]:
         raise LtnormError(f"{path} is damaged: {error}", hint) from error
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run's directory, the names of what lies in it, and its result row where it has one."""
+
+    directory: Path
+    files: frozenset[str]
+    result: Path | None
+
+
+def find_runs(paths: Sequence[Path]) -> list[Run]:
+    """All runs below `paths`: folders with recipe.yaml or result.csv directly in them.
+
+    A path can also be a result row itself, by whatever name.
+
+    Raises:
+        NothingFound: a path does not exist.
+    """
+    found: list[Run] = []
+    for path in paths:
+        if path.is_file():
+            found.append(Run(path.parent, frozenset(os.listdir(path.parent)), path))
+        elif path.is_dir():
+            found += sorted(_below(path), key=lambda run: run.directory)
+        else:
+            raise NothingFound(
+                f"no such file or folder: {path}",
+                "`ltnorm train --norm bn --norm compound` writes results into results/",
+            )
+    return list({run.result or run.directory: run for run in found}.values())
+
+
+def _below(path: Path) -> Iterator[Run]:
+    for place, _, names in os.walk(path):
+        if RECIPE in names or RESULT in names:
+            directory = Path(place)
+            result = directory / RESULT if RESULT in names else None
+            yield Run(directory, frozenset(names), result)
+
+
 def find_results(paths: Sequence[Path]) -> list[Path]:
     """All result.csv files below `paths`; a path can also be such a file itself.
 
     Raises:
         NothingFound: a path does not exist.
     """
-    found = []
-    for path in paths:
-        if path.is_file():
-            found.append(path)
-        elif path.is_dir():
-            found += sorted(path.rglob(RESULT))
-        else:
-            raise NothingFound(
-                f"no such file or folder: {path}",
-                "`ltnorm train --norm bn --norm compound` writes results into results/",
-            )
-    return list(dict.fromkeys(found))
+    return [run.result for run in find_runs(paths) if run.result]
 
 
 def block_key(result: Result) -> str:

@@ -25,6 +25,7 @@ from ltnorm.norms import norm_layers
 from ltnorm.norms.layer import NewerStateError
 from ltnorm.recipe import Recipe, Train
 from ltnorm.reporting import schema
+from ltnorm.reporting.state import under_way
 from ltnorm.training import checkpoint, optim
 from ltnorm.training.build import build_loader, build_model, build_objective
 from ltnorm.training.device import describe, resolve_device
@@ -145,13 +146,30 @@ def run(
     A second stage is not taken: see `training.twostage`.
 
     Raises:
-        LtnormError: the run failed: the loss diverged, or its files could not be written.
+        LtnormError: the run failed: the loss diverged, its files could not be written, or another
+            process is making it.
     """
-    with explained(recipe, out):
-        directory = claim(recipe, out)
+    with making(recipe, out, output) as (directory, output):
         device = resolve_device(recipe.device)
         done = _train(recipe, data, device, output, pretrained)
         return finish(directory, recipe, data, done, device)
+
+
+@contextmanager
+def making(recipe: Recipe, out: Path, output: Output) -> Iterator[tuple[Path, Output]]:
+    """A run while it is made: no other process makes it, and its directory tells how far it is.
+
+    Gives the directory, with the recipe in it, and an output that training tells its progress.
+
+    Raises:
+        LtnormError: another process makes the run, or it failed; see `explained`.
+    """
+    with explained(recipe, out):
+        directory = schema.run_directory(recipe, out)
+        directory.mkdir(parents=True, exist_ok=True)
+    with under_way(directory) as status, explained(recipe, out):
+        schema.write_text(directory / schema.RECIPE, recipe.to_yaml())
+        yield directory, dataclasses.replace(output, tell=status.tell)
 
 
 @contextmanager
@@ -169,14 +187,6 @@ def explained(recipe: Recipe, out: Path) -> Iterator[None]:
         raise LtnormError(
             f"out of memory on {recipe.device}", "try a smaller --batch-size or --model"
         ) from error
-
-
-def claim(recipe: Recipe, out: Path) -> Path:
-    """The directory of a run, with its recipe in it."""
-    directory = schema.run_directory(recipe, out)
-    directory.mkdir(parents=True, exist_ok=True)
-    schema.write_text(directory / schema.RECIPE, recipe.to_yaml())
-    return directory
 
 
 def _train(

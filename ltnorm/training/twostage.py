@@ -29,13 +29,12 @@ from ltnorm.training.run import (
     Cost,
     TrainedRun,
     Training,
-    claim,
     cost_of,
-    explained,
     finish,
     finished_result,
     label,
     load_run,
+    making,
     measuring,
     norm_parameters,
 )
@@ -118,13 +117,13 @@ def run(recipe: Recipe, first: FirstStage, out: Path, output: Output) -> schema.
 
     Raises:
         UsageError: a mode of the norm layers without an effect.
-        LtnormError: the run failed: the loss diverged, or its files could not be written.
+        LtnormError: the run failed: the loss diverged, its files could not be written, or another
+            process is making it.
     """
     assert recipe.retrain
     trained, before = first.trained, first.result
     check(recipe)
-    with explained(recipe, out):
-        directory = claim(recipe, out)
+    with making(recipe, out, output) as (directory, output):
         stage = _retrained if recipe.retrain.trains else _computed
         done = stage(recipe, trained.model, trained.data, trained.device, output)
         cost = Cost(**{f.name: getattr(before, f.name) for f in fields(Cost)}) + done.cost
