@@ -159,6 +159,12 @@ def test_attacks_are_usage_errors(text):
         Condition.parse(text)
 
 
+@pytest.mark.parametrize("text", ["int(seed)", "int(seed) == 1", "().__class__", "seed + 1"])
+def test_what_stands_where_a_name_must_is_told_as_such(text):
+    with pytest.raises(UsageError, match="can stand here, at character 1"):
+        Condition.parse(text)
+
+
 def test_what_is_long_or_deep_within_bounds_is_read():
     long = " or ".join(["ratio == 1"] * (LONGEST // 14))
     assert not Condition.parse(long)(NUMBERS.__getitem__)

@@ -142,7 +142,7 @@ def _check_truth(node: ast.expr, text: str, depth: int) -> None:
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool | None):
         pass
     elif name_of(node) is None:
-        _check_value(node, text, depth - 1)
+        _check_value(node, text)
         hint = 'compare it: norm == "bn" or norm == "gn", norm in ("bn", "gn")'
         raise _refuse(node, text, "a value by itself is neither true nor false", hint)
 
