@@ -7,7 +7,14 @@ import torch
 
 from ltnorm.errors import LtnormError
 from ltnorm.evaluation.metrics import evaluate
-from ltnorm.reporting.bootstrap import Predictions, class_weights, interval, intervals, read
+from ltnorm.reporting.bootstrap import (
+    Contrast,
+    Predictions,
+    class_weights,
+    interval,
+    intervals,
+    read,
+)
 
 
 def runs(labels, chance, seeds, generator):
@@ -47,8 +54,8 @@ def slow(ours, theirs, w, w_theirs, resamples=10_000, seed=1):
 
 @pytest.mark.parametrize(
     "sizes",
-    [[40, 40, 40], [1, 2, 3, 25], [300, 21, 8], [257], [256]],
-    ids=["equal", "small", "unequal", "kinds", "pairs"],
+    [[40, 40, 40], [1, 2, 3, 25], [300, 21, 8], [2100, 20], [2001]],
+    ids=["equal", "small", "unequal", "one large", "large"],
 )
 @pytest.mark.parametrize("same_groups", [True, False])
 def test_it_is_the_bootstrap_as_in_the_books(sizes, same_groups):
@@ -77,13 +84,26 @@ def test_its_deviation_is_that_of_a_stratified_mean():
     assert (high - low) / (2 * 1.96) == pytest.approx(sd, rel=0.04)
 
 
-def test_several_metrics_in_one_pass_are_those_of_one_each():
-    ours, theirs = two_settings([60, 30, 30])
-    rows = np.array([[0.5, 0.25, 0.25], [0, 0, 1], [1, 0, 0]])
-    together = intervals(ours, theirs, rows, rows, resamples=10_000)
-    for row, found in zip(rows, together, strict=True):
-        alone = interval(ours, theirs, row, row, resamples=10_000)
-        assert found == pytest.approx(alone, abs=0.05 * (alone[1] - alone[0]))
+def test_many_at_once_are_those_of_one_each_whatever_their_images():
+    w, tail = np.array([0.5, 0.3, 0.2]), np.array([0, 0, 1.0])
+    contrasts = []
+    for sizes in ([60, 30, 30], [9, 9, 9]):
+        ours, theirs = two_settings(sizes)
+        other = two_settings(sizes, seed=0, seeds=(1, 1))[0]
+        contrasts += [
+            Contrast(ours, theirs, w, w),
+            Contrast(ours, other, w, tail),
+            Contrast(ours, theirs, tail, tail),
+            Contrast(ours, ours, w, w),
+        ]
+    contrasts.insert(3, Contrast(contrasts[0].ours, contrasts[-1].ours, w, w))  # other images
+    found = intervals(contrasts, resamples=10_000)
+    assert found[3] is None
+    assert found[4] == found[-1] == (0, 0)
+    for i in {*range(len(contrasts))} - {3}:
+        c = contrasts[i]
+        alone = interval(c.ours, c.theirs, c.ours_weights, c.theirs_weights, resamples=10_000)
+        assert found[i] == pytest.approx(alone, abs=0.05 * (alone[1] - alone[0]))
 
 
 def test_the_same_input_has_the_same_interval():
@@ -94,7 +114,7 @@ def test_the_same_input_has_the_same_interval():
 
 
 def test_identical_predictions_have_no_difference():
-    ours, _ = two_settings([40, 300, 7])
+    ours, _ = two_settings([40, 2300, 7])
     w = np.full(3, 1 / 3)
     assert interval(ours, ours, w, w) == (0, 0)
     assert interval(ours, ours[::-1], w, w) == (0, 0)
@@ -157,6 +177,7 @@ def test_a_class_without_images_matters_only_where_it_counts():
 def test_a_metric_of_no_class_and_labels_beyond_the_classes_have_no_interval():
     ours, theirs = two_settings([30, 20])
     assert interval(ours, theirs, np.zeros(2), np.zeros(2)) is None
+    assert interval(ours, theirs, np.ones(2), np.zeros(2)) is None
     assert interval(ours, theirs, np.ones(1), np.ones(1)) is None
 
 

@@ -4,6 +4,7 @@ It answers another question than the interval over seeds (other images, the same
 other networks, the same images), so the two are never mixed.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,7 @@ from ltnorm.errors import LtnormError
 from ltnorm.reporting.statistics import CONFIDENCE
 
 RESAMPLES = 2000
-# Up to here a pair of images of a class has a number of 16 bits, the quickest to draw.
-SMALL_CLASS = 256
+LARGE_CLASS = 2000  # images; the draws of all of them would take gigabytes
 
 Interval = tuple[float, float]
 
@@ -81,6 +81,76 @@ def class_weights(metric: str, groups: Sequence[str], labels: np.ndarray) -> np.
     return counted / counted.sum() if counted.any() else None
 
 
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """What is compared: one metric of two settings.
+
+    Attributes:
+        ours: the runs of a setting, at least one.
+        theirs: those of the reference, not necessarily as many.
+        ours_weights, theirs_weights: [C], as of `class_weights`; they differ where groups do.
+    """
+
+    ours: Sequence[Predictions]
+    theirs: Sequence[Predictions]
+    ours_weights: np.ndarray
+    theirs_weights: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int [N], of all runs if it `is_possible`."""
+        return self.ours[0].labels
+
+    def is_possible(self) -> bool:
+        """Whether all runs are of the same images, and some for each class that counts."""
+        runs = [*self.ours, *self.theirs]
+        if not all(np.array_equal(self.labels, run.labels) for run in runs):
+            return False
+        sides = (self.ours_weights, self.theirs_weights)
+        images = np.bincount(self.labels, minlength=len(sides[0]))
+        return len(images) == len(sides[0]) and all(w.any() and images[w != 0].all() for w in sides)
+
+    def values(self) -> np.ndarray:
+        """Points of each image, [N], such that the sum over classes of their means is the delta."""
+        ours = self.ours_weights[self.labels] * _share_right(self.ours)
+        return 100 * (ours - self.theirs_weights[self.labels] * _share_right(self.theirs))
+
+
+def intervals(
+    contrasts: Sequence[Contrast], resamples: int = RESAMPLES, seed: int = 0
+) -> list[Interval | None]:
+    """Percentile intervals of differences in accuracy, in points (Efron & Tibshirani 1993, ch. 13).
+
+    The statistic is 100 sum_c (w_c a_c - w'_c a'_c), a_c the mean over the images of class c of
+    the share of our runs that are right, primes for theirs. Images are drawn with replacement
+    within each class, the same for both sides, so that what makes an image hard for both cancels.
+
+    Contrasts on the same images share the draws, which take most of the time: give all at once.
+
+    Args:
+        contrasts: on any images.
+        resamples: draws of a test set.
+        seed: of the draws: the same contrasts have the same intervals.
+
+    Returns:
+        One a contrast; None where the runs are not of the same images, a class that counts has no
+        image, or no class counts.
+    """
+    sets = defaultdict(list)
+    for i, contrast in enumerate(contrasts):
+        if contrast.is_possible():
+            sets[contrast.labels.tobytes()].append(i)
+    found: list[Interval | None] = [None] * len(contrasts)
+    tail = 50 * (1 - CONFIDENCE)
+    for members in sets.values():
+        values = np.column_stack([contrasts[i].values().astype(np.float32) for i in members])
+        drawn = _drawn(contrasts[members[0]].labels, values, resamples, seed)
+        ends = np.percentile(drawn, [tail, 100 - tail], axis=0).T.tolist()
+        for i, (low, high) in zip(members, ends, strict=True):
+            found[i] = low, high
+    return found
+
+
 def interval(
     ours: Sequence[Predictions],
     theirs: Sequence[Predictions],
@@ -89,74 +159,46 @@ def interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval | None:
-    """`intervals` of one metric: weights [C] instead of [M, C]."""
-    found = intervals(
-        ours, theirs, ours_weights[None], theirs_weights[None], resamples=resamples, seed=seed
-    )
-    return found and found[0]
-
-
-def intervals(
-    ours: Sequence[Predictions],
-    theirs: Sequence[Predictions],
-    ours_weights: np.ndarray,
-    theirs_weights: np.ndarray,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> list[Interval] | None:
-    """Percentile intervals of differences in accuracy, in points (Efron & Tibshirani 1993, ch. 13).
-
-    The statistic is 100 sum_c (w_c a_c - w'_c a'_c), a_c the mean over the images of class c of
-    the share of our runs that are right, primes for theirs. Images are drawn with replacement
-    within each class, the same for both sides, so that what makes an image hard for both cancels.
-
-    Args:
-        ours: the runs of a setting, at least one.
-        theirs: those of the reference, not necessarily as many.
-        ours_weights, theirs_weights: [M, C], one row a metric; they differ where the groups do.
-        resamples: draws of the test set.
-        seed: of the draws: the same input has the same interval.
-
-    Returns:
-        One interval a metric; None where the runs were not evaluated on the same images, a class
-        that counts has no image, or no class counts in a metric.
-    """
-    labels = ours[0].labels
-    if not all(np.array_equal(labels, run.labels) for run in [*ours, *theirs]):
-        return None
-    weights = np.stack([ours_weights, theirs_weights]).astype(float)  # [side, metric, class]
-    images = np.bincount(labels, minlength=weights.shape[2])
-    counts = weights.any(axis=(0, 1))
-    if len(images) != len(counts) or not images[counts].all() or not weights.any(axis=2).all():
-        return None
-    right = np.stack([_share_right(ours), -_share_right(theirs)])
-    if np.array_equal(ours_weights, theirs_weights):  # then only the difference matters
-        right, weights = right.sum(0, keepdims=True), weights[:1]
-    generator = np.random.default_rng(seed)
-    drawn = np.zeros((weights.shape[1], resamples))
-    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(images)[:-1])
-    for c in np.flatnonzero(counts):
-        drawn += weights[:, :, c].T @ _means(right[:, by_class[c]], resamples, generator)
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(100 * drawn, [tail, 100 - tail], axis=1).tolist()
-    return list(zip(low, high, strict=True))
+    """`intervals` of a single contrast."""
+    contrast = Contrast(ours, theirs, ours_weights, theirs_weights)
+    return intervals([contrast], resamples, seed)[0]
 
 
 def _share_right(runs: Sequence[Predictions]) -> np.ndarray:
     return np.mean([run.correct for run in runs], axis=0)
 
 
+def _drawn(labels: np.ndarray, values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Sums over classes of the means of `values` [N, K] over drawn images, [resamples, K]."""
+    generator = np.random.default_rng(seed)
+    sums = np.zeros((resamples, values.shape[1]))
+    for images in np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]):
+        if values[images].any():  # else the class counts for nothing
+            means = _means if len(images) <= LARGE_CLASS else _means_of_many
+            sums += means(values[images], resamples, generator)
+    return sums
+
+
 def _means(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """Means over n images drawn with replacement, [S, resamples], of their values [S, n]."""
-    n = values.shape[1]
-    if n > SMALL_CLASS:
-        # Few values are distinct, as there are few seeds: it is enough to draw how often each is.
-        kinds, counts = np.unique(values, axis=1, return_counts=True)
-        return kinds @ generator.multinomial(n, counts / n, size=resamples).T / n
-    # Two images at a time, from the table of all pairs: that halves the random numbers.
-    pairs = (values[:, :, None] + values[:, None, :]).reshape(len(values), n * n)
-    drawn = generator.integers(n * n, size=(n // 2, resamples), dtype=np.uint16)
-    sums = pairs.take(drawn, axis=1).sum(1)
-    if n % 2:
-        sums += values.take(generator.integers(n, size=resamples), axis=1)
-    return sums / n
+    """Means of `values` [n, K] over n rows drawn with replacement, [resamples, K]."""
+    n = len(values)
+    drawn = generator.integers(n, size=(resamples, n), dtype=np.uint16)
+    # How often each image is in each draw: then the means of all columns are one matrix product.
+    places = drawn + np.arange(0, resamples * n, n)[:, None]
+    times = np.bincount(places.ravel(), minlength=resamples * n).reshape(resamples, n)
+    return times.astype(np.float32) @ values / n
+
+
+def _means_of_many(
+    values: np.ndarray, resamples: int, generator: np.random.Generator
+) -> np.ndarray:
+    """The same, in distribution, column by column.
+
+    With few runs there are few distinct values: it is enough to draw how often each one is.
+    """
+    n = len(values)
+    columns = []
+    for column in values.T:
+        kinds, counts = np.unique(column, return_counts=True)
+        columns.append(generator.multinomial(n, counts / n, size=resamples) @ kinds / n)
+    return np.column_stack(columns)
