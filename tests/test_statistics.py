@@ -329,9 +329,9 @@ def test_the_seeds_needed_find_the_difference_in_80_percent(test, spreads):
     assert found(n - 1) / repeats < 0.8 + error
 
 
-def test_the_module_imports_neither_scipy_stats_nor_pandas_nor_torch():
+def test_statistics_import_neither_scipy_stats_nor_pandas_nor_torch():
     code = (
-        "import sys, json, ltnorm.reporting.statistics; "
+        "import sys, json, ltnorm.reporting.statistics, ltnorm.reporting.bootstrap; "
         "print(json.dumps([m for m in ('scipy.stats', 'pandas', 'torch') if m in sys.modules]))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -186,7 +186,7 @@ def _means(values: np.ndarray, resamples: int, generator: np.random.Generator) -
     # How often each image is in each draw: then the means of all columns are one matrix product.
     places = drawn + np.arange(0, resamples * n, n)[:, None]
     times = np.bincount(places.ravel(), minlength=resamples * n).reshape(resamples, n)
-    return times.astype(np.float32) @ values / n
+    return times.astype(np.float32) @ (values / n)
 
 
 def _means_of_many(
