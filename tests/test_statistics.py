@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ltnorm.reporting import statistics
@@ -48,6 +48,7 @@ def as_scipy(test):
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss")
+@settings(max_examples=50)
 @given(pairs())
 def test_the_paired_test_agrees_with_scipy(both):
     values, reference = both
@@ -63,6 +64,7 @@ def test_the_paired_test_agrees_with_scipy(both):
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss")
+@settings(max_examples=50)
 @given(samples(), samples())
 def test_welchs_test_agrees_with_scipy(values, reference):
     found = welch(values, reference)
@@ -76,6 +78,7 @@ def test_welchs_test_agrees_with_scipy(values, reference):
     assert [found.low, found.high, found.p, found.df] == expected
 
 
+@settings(max_examples=50)
 @given(pairs())
 def test_welchs_deviation_and_df_are_those_of_n_seeds_a_side(both):
     found, n = welch(*both), len(both[0])
@@ -178,6 +181,7 @@ def test_the_deviation_of_equal_values_is_0():
     assert sample_std([0.1 + 0.2, 0.3, 0.3]) == 0
 
 
+@settings(max_examples=50)
 @given(pairs(least=3))
 def test_the_correlation_agrees_with_numpy(both):
     values, reference = both
@@ -260,10 +264,10 @@ def test_more_spread_needs_no_fewer_seeds_and_more_effect_no_more(sd, factor):
     assert (seeds_needed(sd, factor) or math.inf) <= needed
 
 
-def draws(n, settings, *, repeats=REPEATS, correlated=0.0):
-    """Lists [repeats, settings, n]: seeds of settings with mean 0 and deviation 1."""
-    generator = np.random.default_rng([n, settings])
-    own = generator.standard_normal((repeats, settings, n))
+def draws(n, rows, *, repeats=REPEATS, correlated=0.0):
+    """Lists [repeats, rows, n]: seeds of settings with mean 0 and deviation 1."""
+    generator = np.random.default_rng([n, rows, int(100 * correlated)])
+    own = generator.standard_normal((repeats, rows, n))
     common = generator.standard_normal((repeats, 1, n))
     return (math.sqrt(1 - correlated) * own + math.sqrt(correlated) * common).tolist()
 
@@ -315,7 +319,7 @@ def test_holm_keeps_false_positives_of_a_family_below_5_percent(test, n):
 def test_the_seeds_needed_find_the_difference_in_80_percent(test, spreads):
     sd = math.hypot(*spreads)
     df_per_seed = 1 if test is paired else sd**4 / sum(s**4 for s in spreads)
-    n, repeats = seeds_needed(sd, 1.5, df_per_seed), 5000
+    n, repeats = seeds_needed(sd, 1.5, df_per_seed), 3000
 
     def found(seeds):
         a, b = spreads
