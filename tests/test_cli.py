@@ -189,7 +189,7 @@ def test_list(ltnorm, kind):
 def test_compare_formats(ltnorm):
     ltnorm(TINY_BN)
     assert ltnorm("compare --format markdown").out.startswith("**synthetic-exp10")
-    assert ltnorm("compare --format csv").out.startswith("block,label,norm")
+    assert ltnorm("compare --format csv").out.startswith("block,label,model,norm")
     assert "worst class" in ltnorm("compare --metric worst_class --sort worst_class").out
 
 

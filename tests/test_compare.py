@@ -3,72 +3,28 @@ import dataclasses
 import io
 import json
 import statistics
+from pathlib import Path
 
+import numpy as np
 import pytest
 import rich.console
+import scipy.stats
+from made import result, write_run
 
 from ltnorm import resolve as recipes
 from ltnorm.errors import LtnormError, NothingFound, UsageError
-from ltnorm.reporting import schema, tables
-from ltnorm.reporting.compare import compare, load
+from ltnorm.reporting import compare as comparing
+from ltnorm.reporting import export, labels, schema, sheets, views, wording
+from ltnorm.reporting.compare import Question
+from ltnorm.reporting.load import load
+from ltnorm.reporting.schema import Run
 from ltnorm.resolve import Overrides
 
 
-def result(norm="bn", seed=0, tail=10.0, all_=50.0, sets=(), flags=None, **changes):
-    """A made-up result row of a real recipe."""
-    [recipe] = recipes.resolve({}, Overrides(flags or {}, sets, [norm], [seed]))
-    row = schema.Result(
-        schema=schema.SCHEMA,
-        fingerprint=recipe.fingerprint(),
-        dataset=recipe.dataset.name,
-        profile="exp",
-        ratio=recipe.dataset.ratio,
-        data_seed=0,
-        set_id=f"synthetic-exp{recipe.dataset.ratio:g}",
-        index_sha256="ab",
-        model="resnet32",
-        norm=norm,
-        norm_options=", ".join(s.removeprefix("norm.") for s in sets if s.startswith("norm.")),
-        loss=recipe.loss.name,
-        loss_options=recipe.loss.changes(),
-        sampler=recipe.sampler.name,
-        retrain=recipe.retrain.method if recipe.retrain else None,
-        tau=None,
-        first_stage=None,
-        tag=None,
-        seed=seed,
-        epochs=200.0,
-        steps=19400,
-        batch_size=128,
-        lr=recipe.train.lr,
-        precision="fp32",
-        eval_split="test",
-        group_scheme="shots",
-        head_classes=4,
-        medium_classes=3,
-        tail_classes=3,
-        all=all_,
-        head=80.0,
-        medium=40.0,
-        tail=tail,
-        macro_f1=45.0,
-        gmean=30.0,
-        worst_class=1.0,
-        nll=1.5,
-        ece=20.0,
-        train_loss=0.1,
-        parameters=464154,
-        images_processed=2_400_000,
-        images_backpropagated=2_400_000,
-        train_seconds=100.0,
-        images_per_second=1000.0,
-        device="cpu",
-        torch="2.11.0",
-        ltnorm="0.1.0",
-        finished="2026-01-01T00:00:00+00:00",
-        settings=schema.settings_json(recipe),
-    )
-    return dataclasses.replace(row, **changes)
+def compare(results, **question):
+    """Blocks of made-up results, each in a directory of its own."""
+    runs = [Run(r, Path(f"results/{i}/seed{r.seed}")) for i, r in enumerate(results)]
+    return comparing.compare(runs, Question(over_images=(), **question))
 
 
 def test_seeds_are_averaged_with_the_sample_deviation_and_deltas_to_the_baseline():
@@ -82,16 +38,17 @@ def test_seeds_are_averaged_with_the_sample_deviation_and_deltas_to_the_baseline
     assert (bn.label, bn.is_baseline, bn.n, bn.seeds) == ("bn", True, 3, [0, 1, 2])
     assert bn.mean["tail"] == pytest.approx(13)
     assert bn.std["tail"] == pytest.approx(statistics.stdev(tails))
-    assert compound.delta["tail"] == pytest.approx(2)
-    assert compound.delta["all"] == pytest.approx(0)
+    assert compound.deltas["tail"].estimate.delta == pytest.approx(2)
+    assert compound.deltas["all"].estimate.delta == pytest.approx(0)
+    assert bn.deltas == {}
     assert compound.relative_time == pytest.approx(1.5)
 
 
 def test_one_seed_has_no_spread():
     [block] = compare([result()])
     assert block.rows[0].std["tail"] is None
-    assert "1 seed: no spread" in tables.legend(block)
-    assert "±" not in tables._cells(block)[1][0][2]
+    assert "1 seed: no spread" in wording.legend([block])
+    assert "±" not in sheets.of_blocks([block])[0].rows[0][2]
 
 
 def test_rows_are_fingerprints_labelled_by_what_differs():
@@ -188,8 +145,8 @@ def test_a_tag_shows_in_its_own_block_alone():
 def test_an_empty_group_stays_empty():
     [block] = compare([result(tail=None, seed=s) for s in range(2)])
     assert block.rows[0].mean["tail"] is None
-    assert tables._cells(block)[1][0][5] == "–"
-    [record] = json.loads(tables.as_json([block]))["rows"]
+    assert sheets.of_blocks([block])[0].rows[0][5] == "–"
+    [record] = json.loads(export.as_json([block]))["rows"]
     assert record["tail_mean"] is None
 
 
@@ -197,7 +154,7 @@ def test_baseline_by_label_or_none():
     three, four = (result("compound", sets=[f"norm.components={k}"]) for k in (3, 4))
     [block] = compare([three, four])
     assert block.baseline is None
-    assert block.rows[0].delta == {}
+    assert block.rows[0].deltas == {}
     [block] = compare([three, four], baseline="compound (components=4)")
     assert [row.is_baseline for row in block.rows] == [False, True]
     [block] = compare([three, four], baseline="compound")  # two rows have that norm
@@ -209,14 +166,14 @@ def test_baseline_by_label_or_none():
 def test_times_of_different_devices_have_no_ratio():
     [block] = compare([result(), result("gn", device="GPU", train_seconds=1.0)])
     assert block.rows[1].relative_time is None
-    assert "trained on GPU, cpu" in tables.legend(block)
+    assert "device: cpu (bn); GPU (gn)" in wording.footnotes(block)
 
 
 def test_unpaired_seeds_are_told():
     [block] = compare([result(seed=0), result("gn", seed=7)])
-    assert "different seeds" in tables.legend(block)
+    assert "seeds: 0 (bn); 7 (gn)" in wording.footnotes(block)
     [block] = compare([result(seed=0), result("gn", seed=0)])
-    assert "different seeds" not in tables.legend(block)
+    assert wording.footnotes(block) == []
 
 
 def test_sorting_puts_the_best_first_and_knows_what_is_better():
@@ -236,14 +193,14 @@ def test_sorting_puts_the_best_first_and_knows_what_is_better():
 
 def test_every_format_tells_the_same_numbers():
     runs = [result(seed=s, tail=10.0 + s) for s in range(3)] + [result("gn", tail=14.0)]
-    blocks = compare(runs, metrics=["tail", "nll"])
-    markdown = tables.markdown(blocks)
+    blocks = compare(runs, metrics=("tail", "nll"))
+    markdown = export.markdown(sheets.of_blocks(blocks))
     assert "| bn | 3 | 11.0 ± 1.0 | 1.500 ± 0.000 | – | – |" in markdown
-    assert "| gn | 1 | 14.0 | 1.500 | +0.0 | +3.0 |" in markdown
-    rows = list(csv.DictReader(io.StringIO(tables.as_csv(blocks))))
+    assert "| gn | 1 | 14.0 | 1.500 | +3.0 | +0.000 |" in markdown
+    rows = list(csv.DictReader(io.StringIO(export.as_csv(export.records(blocks)))))
     assert [float(row["tail_mean"]) for row in rows] == [11, 14]
     assert rows[0]["seeds"] == "0 1 2"
-    records = json.loads(tables.as_json(blocks))["rows"]
+    records = json.loads(export.as_json(blocks))["rows"]
     assert records[1]["tail_delta"] == 3.0
 
 
@@ -251,7 +208,7 @@ def test_every_format_tells_the_same_numbers():
 def test_no_number_is_cut_on_a_narrow_terminal(width):
     runs = [result(seed=s, tail=10.0 + s) for s in range(3)] + [result("compound", seed=1)]
     console = rich.console.Console(width=width, file=io.StringIO())
-    console.print(tables.table(compare(runs), width))
+    console.print(export.table(sheets.of_blocks(compare(runs)), width))
     shown = console.file.getvalue()
     for cell in ("compound", "11.0 ± 1.0", "464k", "2.4M", "100 s (1.00x)", "Δ tail"):
         assert cell in shown
@@ -262,7 +219,8 @@ def test_no_number_is_cut_on_a_narrow_terminal(width):
 def test_a_long_label_is_folded_not_the_numbers():
     sets = ["norm.components=4", "norm.temperature=0.5", "norm.assign=position"]
     console = rich.console.Console(width=100, file=io.StringIO())
-    console.print(tables.table(compare([result(), result("compound", sets=sets)]), 100))
+    [block] = compare([result(), result("compound", sets=sets)])
+    console.print(export.table(sheets.of_blocks([block]), 100))
     shown = console.file.getvalue()
     assert shown.count("norm ") == 2
     assert "assign=position" in shown
@@ -289,7 +247,7 @@ def test_two_runs_that_contradict_are_told(tmp_path):
         (tmp_path / place).mkdir()
         schema.write_result(tmp_path / place, result(all_=accuracy))
     results, warnings = load([tmp_path])
-    assert [r.all for r in results] == [10.0]
+    assert [run.result.all for run in results] == [10.0]
     assert "other numbers" in warnings[0]
 
 
@@ -315,7 +273,7 @@ def test_bad_files_are_told_and_the_rest_is_compared(tmp_path):
     (tmp_path / "b" / schema.RESULT).write_text(text.splitlines()[0] + "\n2,2\n")
     (tmp_path / "c" / schema.RESULT).write_bytes(b"\xff\xfe\x00")
     results, problems = load([tmp_path])
-    assert [r.seed for r in results] == [ord("d")]
+    assert [run.result.seed for run in results] == [ord("d")]
     assert len(problems) == 3
     assert any("schema 7" in p for p in problems)
 
@@ -360,3 +318,189 @@ def test_a_tree_without_marks_still_belongs_to_its_results(tmp_path):
     (directory.parent / schema.OWNER).unlink()
     assert schema.run_directory(other, tmp_path) != directory
     assert schema.run_directory(ours, tmp_path) == directory
+
+
+def seeds(norm, tails, **changes):
+    return [result(norm, seed=i, tail=t, **changes) for i, t in enumerate(tails)]
+
+
+def test_the_same_seeds_are_paired_and_others_are_not():
+    base = seeds("bn", [10.0, 20.0, 30.0])
+    same = seeds("gn", [11.0, 21.5, 31.0])
+    more = seeds("split", [11.0, 21.5, 31.0, 40.0])
+    [block] = compare([*base, *same, *more])
+    paired, welch = (row.deltas["tail"] for row in block.others)
+    differences = scipy.stats.ttest_rel([11.0, 21.5, 31.0], [10.0, 20.0, 30.0])
+    assert (paired.paired, welch.paired) == (True, False)
+    assert paired.estimate.p == pytest.approx(differences.pvalue)
+    assert paired.correlation == pytest.approx(np.corrcoef([11, 21.5, 31], [10, 20, 30])[0, 1])
+    independent = scipy.stats.ttest_ind(
+        [11.0, 21.5, 31.0, 40.0], [10.0, 20.0, 30.0], equal_var=False
+    )
+    assert welch.estimate.p == pytest.approx(independent.pvalue)
+    # The Welch interval of the paired row is there as well, and far wider.
+    assert paired.welch.high - paired.welch.low > 10 * (paired.estimate.high - paired.estimate.low)
+
+
+def test_the_family_is_the_tail_of_the_rows_with_enough_seeds():
+    base = seeds("bn", [10.0, 12.0, 14.0])
+    better = seeds("gn", [20.0, 22.1, 23.9])
+    few = seeds("split", [20.0, 22.1])
+    wide = seeds("compound", [9.0, 13.0, 16.0])
+    [block] = compare([*base, *better, *few, *wide])
+    by_name = {row.name: row.deltas["tail"] for row in block.others}
+    assert by_name["split"].adjusted_p is None
+    assert by_name["gn"].adjusted_p == pytest.approx(2 * by_name["gn"].estimate.p)
+    assert [name for name, delta in by_name.items() if delta.marked] == ["gn"]
+    assert all(row.deltas["all"].adjusted_p is None for row in block.others)
+    # In a family of its own the same row has its own p.
+    [block] = compare([*base, *better])
+    assert block.rows[1].deltas["tail"].adjusted_p == block.rows[1].deltas["tail"].estimate.p
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_nothing_is_marked_below_three_seeds(n):
+    far = seeds("gn", [90.0, 90.1, 90.2])
+    for base, other in ((seeds("bn", [1.0, 1.1, 1.2][:n]), far), (seeds("bn", [1.0] * 3), far[:n])):
+        [block] = compare([*base, *other])
+        assert not any(delta.marked for row in block.rows for delta in row.deltas.values())
+        assert "not judged" in wording.outcome(block)
+        assert "*" not in sheets.of_blocks([block])[0].rows[1][7]
+
+
+def test_the_outcome_is_told_in_words():
+    base = seeds("bn", [10.0, 12.0, 14.0])
+    better = seeds("gn", [20.0, 22.1, 23.9])
+    worse = seeds("split", [5.0, 7.1, 8.9])
+    open_ = seeds("compound", [9.0, 13.0, 16.0])
+    [block] = compare([*base, *better, *worse, *open_])
+    told = wording.outcome(block)
+    needed = block.rows[-1].deltas["tail"].seeds_needed
+    assert told.startswith("Tail accuracy against bn: higher with gn (+10.0 points, [")
+    assert "lower with split (-5.0 points, [" in told
+    assert "no difference that 3 seeds can show with compound" in told
+    assert needed > 3
+    assert f"one of 1 point would take about {needed} seeds" in told
+
+
+def test_a_row_that_differs_by_nothing_needs_no_seeds():
+    runs = [*seeds("bn", [0.0, 0.0, 0.0]), *seeds("gn", [0.0, 0.0, 0.0])]
+    [block] = compare(runs)
+    estimate = block.rows[1].deltas["tail"].estimate
+    assert (estimate.low, estimate.high, estimate.p) == (0, 0, 1)
+    assert wording.outcome(block).endswith("no difference that 3 seeds can show with gn.")
+
+
+@pytest.mark.parametrize(
+    ("by", "flag", "values", "called"),
+    [
+        ("loss", "loss.name", ["ce", "ldam"], ["ce", "ldam"]),
+        ("ratio", "dataset.ratio", [10.0, 50.0, 100.0], ["ratio 10", "ratio 50", "ratio 100"]),
+        ("model", "model.name", ["resnet8", "resnet32"], ["resnet8", "resnet32"]),
+        ("train.lr", "train.lr", [0.1, 0.4], ["lr 0.1", "lr 0.4"]),
+        ("sampler", "sampler.name", ["instance", "sqrt"], ["instance", "sqrt"]),
+    ],
+)
+def test_rows_differ_in_what_by_says(by, flag, values, called):
+    runs = [
+        result(norm, flags={flag: value}, index_sha256=str(value) if by == "ratio" else "ab")
+        for norm in ("bn", "gn")
+        for value in values
+    ]
+    if by == "model":
+        runs = [dataclasses.replace(r, model=v) for r, v in zip(runs, values * 2, strict=True)]
+    blocks = compare(runs, by=(labels.key_of(by),))
+    assert len(blocks) == 2
+    for block, norm in zip(blocks, ("bn", "gn"), strict=True):
+        assert sorted(row.label for row in block.rows) == sorted(called)
+        assert norm in block.title.split(" · ")
+        assert not any(label in block.title.split(" · ") for label in called)
+
+
+def test_by_several_keys_crosses_them():
+    runs = [
+        result(norm, flags={"loss.name": loss}) for norm in ("bn", "gn") for loss in ("ce", "ldam")
+    ]
+    [block] = compare(runs, by=("norm", "loss"))
+    assert {row.label for row in block.rows} == {"bn · ce", "bn · ldam", "gn · ce", "gn · ldam"}
+    assert block.baseline == "bn · ce"
+
+
+@pytest.mark.parametrize("name", ["nrom", "seed", "device", "train.lrr", "eval.every", ""])
+def test_what_rows_cannot_differ_in_is_refused(name):
+    with pytest.raises(UsageError):
+        labels.key_of(name)
+
+
+def test_a_key_that_no_run_has_is_refused():
+    with pytest.raises(UsageError, match=r"no run sets norm\.componens"):
+        compare([result("compound", sets=["norm.components=3"])], by=("norm.componens",))
+
+
+def test_the_best_of_a_name_is_kept():
+    low, high = ({"train.lr": lr} for lr in (0.1, 0.4))
+    runs = [
+        *[result("bn", seed=s, all_=50.0 + s, flags=low) for s in range(3)],
+        *[result("bn", seed=s, all_=60.0 + s, flags=high) for s in range(3)],
+        *[result("gn", seed=s, all_=40.0 + s, tail=70.0, flags=low) for s in range(3)],
+        *[result("gn", seed=s, all_=30.0 + s, flags=high) for s in range(3)],
+    ]
+    [block] = compare(runs, by=("norm", "train.lr"), best_only=True, baseline="bn")
+    assert {row.label for row in block.rows} == {"bn · lr 0.4", "gn · lr 0.1"}
+    assert block.baseline == "bn · lr 0.4"
+    # They were chosen on the test set: nothing may be called a finding.
+    assert not any(d.marked for row in block.rows for d in row.deltas.values())
+    assert "chosen" in wording.outcome(block)
+    held_out = [dataclasses.replace(run, eval_split="val") for run in runs]
+    [block] = compare(held_out, by=("norm", "train.lr"), best_only=True, baseline="bn")
+    assert block.rows[1].deltas["tail"].marked
+
+
+def test_missing_seeds_are_told_with_their_place():
+    runs = [*seeds("bn", [1.0, 2.0, 3.0]), result("gn", seed=1)]
+    blocks = compare(runs)
+    [line] = comparing.missing_seeds(blocks)
+    assert line.startswith("gn lacks seed 0, 2 of synthetic-exp100")
+    assert line.endswith("results/3/seed0, …")
+    assert list(comparing.missing_seeds(compare(seeds("bn", [1.0, 2.0])))) == []
+
+
+def test_titles_sort_by_their_numbers():
+    runs = [result(flags={"dataset.ratio": r}) for r in (100.0, 50.0, 10.0)]
+    assert [block.first.ratio for block in compare(runs)] == [10, 50, 100]
+
+
+def test_the_pivot_has_a_block_a_value():
+    runs = [
+        result(norm, seed=s, tail=r / 10 + s, flags={"dataset.ratio": r}, index_sha256=str(r))
+        for norm in ("bn", "gn")
+        for r in (10.0, 50.0, 100.0)
+        for s in range(2)
+        if not (norm == "gn" and r == 50)
+    ]
+    [pivot] = views.pivot(compare(runs), "dataset.ratio")
+    assert pivot.values == ["ratio 10", "ratio 50", "ratio 100"]
+    assert "ratio" not in pivot.title
+    [sheet] = [s for s in sheets.of_pivots([pivot]) if s.title.endswith("tail")]
+    assert sheet.headings == ["norm \\ ratio", "ratio 10", "ratio 50", "ratio 100"]
+    assert [row[0] for row in sheet.rows] == ["bn", "gn"]
+    assert [row[2] for row in sheet.rows] == ["5.5 ± 0.7", "–"]
+    assert sheet.rows[1][3] == "10.5 ± 0.7 (+0.0)"
+
+
+def test_classes_are_averaged_over_seeds_and_told_from_the_baseline(tmp_path):
+    runs = [
+        write_run(tmp_path, result(norm, seed=s, tail=10.0 + s + (norm == "gn")))
+        for norm in ("bn", "gn")
+        for s in range(3)
+    ]
+    [block] = comparing.compare(runs, Question(over_images=()))
+    table, warnings = views.per_class(block)
+    assert warnings == []
+    [sheet] = [sheets.of_classes(table)]
+    assert sheet.headings == ["class", "name", "images", "group", "bn", "gn", "Δ gn"]
+    assert sheet.rows[9] == ["9", "class 9", "5", "tail", "11.0 ± 1.0", "12.0 ± 1.0", "+1.0"]
+    (runs[4].directory / "per_class.csv").unlink()
+    table, warnings = views.per_class(block)
+    assert str(runs[4].directory) in warnings[0]
+    assert table.accuracy["gn"][9].mean == pytest.approx(12)  # of seeds 0 and 2

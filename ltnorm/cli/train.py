@@ -274,10 +274,13 @@ def run_all(jobs: Sequence[Job], done: dict[Path, Any], output: Output) -> None:
 
 def _show(done: dict[Path, Any], output: Output) -> None:
     from ltnorm.reporting.compare import compare
-    from ltnorm.reporting.tables import table
+    from ltnorm.reporting.export import table
+    from ltnorm.reporting.schema import Run
+    from ltnorm.reporting.sheets import of_blocks
 
     if done:
-        output.product(table(compare(done.values()), output.out.width))
+        blocks = compare([Run(result, directory) for directory, result in done.items()])
+        output.product(table(of_blocks(blocks), output.out.width))
         for directory in done:
             output.product(str(directory))
     rows = [{"directory": str(d)} | dataclasses.asdict(result) for d, result in done.items()]

@@ -170,28 +170,27 @@ def _share_right(runs: Sequence[Predictions]) -> np.ndarray:
 
 def _drawn(labels: np.ndarray, values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Sums over classes of the means of `values` [N, K] over drawn images, [resamples, K]."""
-    generator = np.random.default_rng(seed)
     sums = np.zeros((resamples, values.shape[1]))
-    for images in np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]):
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
+    for c, images in enumerate(by_class):
         if values[images].any():  # else the class counts for nothing
             means = _means if len(images) <= LARGE_CLASS else _means_of_many
-            sums += means(values[images], resamples, generator)
+            # Draws of its own for each class: a column does not depend on what the others skip.
+            sums += means(values[images], resamples, [seed, c])
     return sums
 
 
-def _means(values: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+def _means(values: np.ndarray, resamples: int, seed: Sequence[int]) -> np.ndarray:
     """Means of `values` [n, K] over n rows drawn with replacement, [resamples, K]."""
     n = len(values)
-    drawn = generator.integers(n, size=(resamples, n), dtype=np.uint16)
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n), dtype=np.uint16)
     # How often each image is in each draw: then the means of all columns are one matrix product.
     places = drawn + np.arange(0, resamples * n, n)[:, None]
     times = np.bincount(places.ravel(), minlength=resamples * n).reshape(resamples, n)
     return times.astype(np.float32) @ (values / n)
 
 
-def _means_of_many(
-    values: np.ndarray, resamples: int, generator: np.random.Generator
-) -> np.ndarray:
+def _means_of_many(values: np.ndarray, resamples: int, seed: Sequence[int]) -> np.ndarray:
     """The same, in distribution, column by column.
 
     With few runs there are few distinct values: it is enough to draw how often each one is.
@@ -200,5 +199,6 @@ def _means_of_many(
     columns = []
     for column in values.T:
         kinds, counts = np.unique(column, return_counts=True)
+        generator = np.random.default_rng(seed)
         columns.append(generator.multinomial(n, counts / n, size=resamples) @ kinds / n)
     return np.column_stack(columns)

@@ -1,27 +1,60 @@
-"""The comparison as plain data: blocks of rows, computed with pandas, shown elsewhere.
+"""The comparison as plain data: blocks of rows, computed here, shown elsewhere.
 
 A row is one setting (one fingerprint on the same images); only its seeds are averaged. A block
-holds the rows that share everything outside `norm.*`.
+holds the rows that share everything but the norm, or what `by` says. How a row differs from the
+baseline of its block is a `Delta`: the rules are in `ltnorm.reporting.statistics` and stand in the
+legend of every table.
 """
 
-import dataclasses
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pandas as pd
-
-from ltnorm.errors import LtnormError, NothingFound, UsageError, did_you_mean
-from ltnorm.recipe import BUDGETS, TRAINING_METHODS, Recipe, Retrain
-from ltnorm.registry import NORMS
-from ltnorm.reporting import schema
+from ltnorm.errors import UsageError, did_you_mean
+from ltnorm.registry import LOSSES, NORMS
+from ltnorm.reporting import images, labels, statistics
+from ltnorm.reporting.labels import By
+from ltnorm.reporting.published import Published, matching
+from ltnorm.reporting.schema import METRICS, Result, Run
+from ltnorm.reporting.statistics import MIN_SEEDS, Estimate
 
 LOWER_IS_BETTER = ("nll", "ece")
 DEFAULT_METRICS = ("all", "head", "medium", "tail")
+# Differences that are shown where no metric is asked for, and the metric that is tested.
 DELTAS = ("all", "tail")
+TESTED = "tail"
+LEVEL = 0.05
+# What a row is compared with where nothing else is asked for, by what rows differ in.
+BASELINES = {"norm": "bn", "loss": "ce"}
+BY: By = ("norm",)
+GROUPS = ("head", "medium", "tail")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """How a row differs from the baseline in one metric, in points.
+
+    Attributes:
+        estimate: the difference with its 95 % interval: paired t where both rows have the same
+            seeds, otherwise Welch's.
+        paired: which of them.
+        welch: the same by Welch, whatever the seeds.
+        correlation: of the two rows over their common seeds.
+        images: the interval over test images, for these trained models; None without predictions.
+        adjusted_p: Holm's, over the rows of the block; only of the tested metric.
+        marked: whether adjusted_p is below 5 %.
+        seeds_needed: with how many seeds a difference of one point would be found in 4 of 5 cases;
+            of the tested metric, where there is a spread to compute it from.
+    """
+
+    estimate: Estimate
+    paired: bool
+    welch: Estimate
+    correlation: float | None
+    images: tuple[float, float] | None = None
+    adjusted_p: float | None = None
+    marked: bool = False
+    seeds_needed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -29,215 +62,227 @@ class Row:
     """One setting: its seeds averaged. A missing value is None (an empty group, one seed)."""
 
     label: str
-    norm: str
-    fingerprint: str
-    seeds: list[int]
+    name: str
+    runs: tuple[Run, ...]  # by seed
     mean: dict[str, float | None]
     std: dict[str, float | None]
-    delta: dict[str, float | None]
     parameters: int
     epochs: float
     images_processed: float
     train_seconds: float
-    relative_time: float | None
-    is_baseline: bool
+    is_baseline: bool = False
+    relative_time: float | None = None
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    problem: str | None = None  # why there is no interval over test images, where that is a fault
+
+    @property
+    def first(self) -> Any:
+        """The result of one of the runs, for what all share."""
+        return self.runs[0].result
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, in ascending order."""
+        return [run.result.seed for run in self.runs]
 
     @property
     def n(self) -> int:
         """Seeds."""
-        return len(self.seeds)
+        return len(self.runs)
+
+    def values(self, metric: str) -> list[float] | None:
+        """A metric of each seed; None where a seed has none."""
+        found = [getattr(run.result, metric) for run in self.runs]
+        return None if None in found else found
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that can be compared: they share all but the norm."""
+    """Rows that can be compared: they share all but what `by` says.
+
+    `shown` are the metrics of the columns, `deltas` those whose differences are shown, `chosen_by`
+    the metric by which the rows were chosen among others, if they were.
+    """
 
     title: str
-    group_scheme: str
-    group_classes: tuple[int, int, int]
-    eval_split: str
+    by: By
     baseline: str | None
-    metrics: tuple[str, ...]
-    devices: list[str]
-    rows: list[Row]
+    shown: tuple[str, ...]
+    deltas: tuple[str, ...]
+    rows: tuple[Row, ...]
+    published: tuple[Published, ...] = ()
+    chosen_by: str | None = None
 
     @property
-    def paired(self) -> bool:
-        """Whether all rows have the same seeds."""
-        return len({tuple(row.seeds) for row in self.rows}) == 1
+    def first(self) -> Any:
+        """The result of one of the runs, for what all share."""
+        return self.rows[0].first
+
+    @property
+    def reference(self) -> Row | None:
+        """The row that differences refer to."""
+        return next((row for row in self.rows if row.is_baseline), None)
+
+    @property
+    def others(self) -> list[Row]:
+        """All rows but the baseline."""
+        return [row for row in self.rows if not row.is_baseline]
+
+    @property
+    def optimistic(self) -> bool:
+        """Whether rows were chosen on the very images that they are compared on."""
+        return self.chosen_by is not None and self.first.eval_split == "test"
 
 
-def load(paths: Sequence[Path]) -> tuple[list[schema.Result], list[str]]:
-    """All results below `paths`, and warnings: files left out, and runs that contradict.
+@dataclass(frozen=True)
+class Question:
+    """What a comparison is asked for.
 
-    The same run found twice counts once.
-
-    Raises:
-        NothingFound: no result at all.
-        LtnormError: results were found, but none can be read.
+    Attributes:
+        by: what the rows of a block differ in.
+        baseline: the label or the name of a row; None is the usual one of `by`.
+        metrics: columns, of `schema.METRICS`; None are all, head, medium and tail.
+        sort: a metric, the best first; None is the order of the registry.
+        best_only: of the rows of one name only the best is kept, by `sort`, or else by `all`.
+        over_images: the metrics, of `images.METRICS`, that have an interval over test images too
+            where predictions are there.
     """
-    files = schema.find_results(paths)
-    named = " ".join(map(str, paths))
-    if not files:
-        raise NothingFound(
-            f"no results in {named}", "run `ltnorm train --norm bn --norm compound` first"
-        )
-    results: dict[tuple[str, str, int], tuple[Path, schema.Result]] = {}
-    problems: list[LtnormError] = []
-    warnings: list[str] = []
-    for file in files:
-        try:
-            result = schema.read_result(file)
-        except LtnormError as error:
-            problems.append(error)
-            continue
-        key = (result.fingerprint, schema.block_key(result), result.seed)
-        first, kept = results.setdefault(key, (file, result))
-        if any(getattr(kept, m) != getattr(result, m) for m in schema.METRICS):
-            warnings.append(f"{file} repeats {first} with other numbers: only {first} is used")
-    if not results:
-        more = f" ({len(problems)} such files)" if len(problems) > 1 else ""
-        raise LtnormError(problems[0].message + more, problems[0].hint)
-    warnings = [f"left out: {problem.message}" for problem in problems] + warnings
-    return [result for _, result in results.values()], warnings
+
+    by: By = BY
+    baseline: str | None = None
+    metrics: tuple[str, ...] | None = None
+    sort: str | None = None
+    best_only: bool = False
+    over_images: tuple[str, ...] = images.METRICS
+
+    def __post_init__(self) -> None:
+        for name in [*(self.metrics or ()), *([self.sort] if self.sort else [])]:
+            if name not in METRICS:
+                raise UsageError(f"unknown metric '{name}'", did_you_mean(name, METRICS))
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The metrics of the columns."""
+        return tuple(dict.fromkeys(self.metrics or DEFAULT_METRICS))
+
+    @property
+    def deltas(self) -> tuple[str, ...]:
+        """The metrics whose differences are shown."""
+        return self.shown if self.metrics else DELTAS
 
 
 def compare(
-    results: Iterable[schema.Result],
-    *,
-    baseline: str = "bn",
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    sort: str | None = None,
+    runs: Iterable[Run], question: Question | None = None, published: Sequence[Published] = ()
 ) -> list[Block]:
-    """Group results into blocks and rows.
+    """Group finished runs into blocks and rows, and tell each row from the baseline of its block.
 
     Args:
-        results: finished runs.
-        baseline: the norm, or the label of a row, that deltas and times refer to.
-        metrics: columns to average, of `schema.METRICS`.
-        sort: a metric, the best first; None is the order of the registry.
+        runs: at least one.
+        question: what is asked; None is the default.
+        published: numbers of the literature, shown beside the blocks that they belong to.
 
     Raises:
-        UsageError: no such metric.
+        UsageError: no run has a key that `by` names.
     """
-    for name in [*metrics, *([sort] if sort else [])]:
-        if name not in schema.METRICS:
-            raise UsageError(f"unknown metric '{name}'", did_you_mean(name, schema.METRICS))
-    frame = pd.DataFrame([dataclasses.asdict(r) | {"block": schema.block_key(r)} for r in results])
-    wanted = tuple(dict.fromkeys([*metrics, *DELTAS, *([sort] if sort else [])]))
-    groups = [group for _, group in frame.groupby("block", sort=False)]
-    titles = _titles(groups)
+    runs, question = list(runs), question or Question()
+    for key in question.by:
+        labels.check_known(key, [run.result for run in runs])
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(labels.shared(run.result, question.by), []).append(run)
+    titles = labels.titles([group[0].result for group in groups.values()], question.by)
     blocks = [
-        _block(group, title, baseline, tuple(dict.fromkeys(metrics)), wanted, sort)
-        for group, title in zip(groups, titles, strict=True)
+        _block(group, title, question, published)
+        for group, title in zip(groups.values(), titles, strict=True)
     ]
-    return sorted(blocks, key=lambda block: block.title)
+    if question.over_images:
+        blocks = _over_images(blocks, question.over_images)
+    return sorted(blocks, key=lambda block: labels.natural(block.title))
 
 
 def _block(
-    frame: pd.DataFrame,
-    title: str,
-    baseline: str,
-    metrics: tuple[str, ...],
-    wanted: tuple[str, ...],
-    sort: str | None,
+    runs: Sequence[Run], title: str, question: Question, published: Sequence[Published]
 ) -> Block:
-    labels = _labels(frame)
-    base = _baseline(labels, baseline)
-    # No two fingerprints share a label, so rows below can be told by it.
-    frame = frame.assign(label=frame["fingerprint"].map(labels))
-    reference = frame[frame["label"] == base] if base else None
-    rows = [
-        _row(group, str(label), wanted, reference, is_baseline=label == base)
-        for label, group in frame.groupby("label", sort=False)
-    ]
-    first = frame.iloc[0]
-    return Block(
+    by = question.by
+    called = labels.labels([run.result for run in runs], by)
+    groups: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.result.seed):
+        groups.setdefault(called[labels.row_key(run.result)], []).append(run)
+    rows = [_row(label, group, by) for label, group in groups.items()]
+    if question.best_only:
+        rows = _best(rows, question.sort or "all")
+    base = _baseline(rows, question.baseline, by)
+    rows = [_against(row, base) for row in rows]
+    block = Block(
         title=title,
-        group_scheme=first["group_scheme"],
-        group_classes=tuple(int(first[f"{g}_classes"]) for g in ("head", "medium", "tail")),
-        eval_split=first["eval_split"],
-        baseline=base,
-        metrics=metrics,
-        devices=sorted(set(frame["device"])),
-        rows=_sorted(rows, sort),
+        by=by,
+        baseline=base.label if base else None,
+        shown=question.shown,
+        deltas=question.deltas,
+        rows=tuple(_sorted(rows, question.sort, by)),
+        published=tuple(_beside(published, runs[0].result, by)),
+        chosen_by=(question.sort or "all") if question.best_only else None,
     )
+    return _marked(block)
 
 
-def _row(
-    runs: pd.DataFrame,
-    label: str,
-    metrics: Sequence[str],
-    reference: pd.DataFrame | None,
-    is_baseline: bool,
-) -> Row:
-    def mean(frame: pd.DataFrame, column: str) -> float | None:
-        return _number(frame[column].astype(float).mean())
+def _beside(published: Sequence[Published], first: Result, by: By) -> Iterator[Published]:
+    """What the literature has of a block, called as its rows are."""
+    for one in matching(published, labels.settings(first), by):
+        # Papers report groups by shots.
+        comparable = first.group_scheme == "shots"
+        values = {m: v for m, v in one.values.items() if comparable or m not in GROUPS}
+        if values:
+            called = labels.of_keys(one.keys, by)
+            yield replace(one, label=" · ".join([*called, one.label]), values=values)
 
-    delta: dict[str, float | None] = {}
-    relative = None
-    if reference is not None:
-        for metric in metrics:
-            ours, theirs = mean(runs, metric), mean(reference, metric)
-            delta[metric] = None if ours is None or theirs is None else ours - theirs
-        # Times of different machines have no ratio.
-        if set(runs["device"]) == set(reference["device"]) and runs["device"].nunique() == 1:
-            relative = runs["train_seconds"].mean() / reference["train_seconds"].mean()
-    first = runs.iloc[0]
-    return Row(
+
+def _row(label: str, runs: Sequence[Run], by: By) -> Row:
+    results = [run.result for run in runs]
+
+    def average(column: str) -> float:
+        return statistics.mean([getattr(result, column) for result in results])
+
+    made = Row(
         label=label,
-        norm=first["norm"],
-        fingerprint=first["fingerprint"],
-        seeds=sorted(int(s) for s in runs["seed"]),
-        mean={m: mean(runs, m) for m in metrics},
-        std={m: _number(runs[m].astype(float).std(ddof=1)) for m in metrics},
-        delta=delta,
-        parameters=int(first["parameters"]),
-        epochs=float(runs["epochs"].mean()),
-        images_processed=float(runs["images_processed"].mean()),
-        train_seconds=float(runs["train_seconds"].mean()),
-        relative_time=relative,
-        is_baseline=is_baseline,
+        name=labels.bare_name(results[0], by),
+        runs=tuple(runs),
+        mean={},
+        std={},
+        parameters=results[0].parameters,
+        epochs=average("epochs"),
+        images_processed=average("images_processed"),
+        train_seconds=average("train_seconds"),
     )
+    for metric in METRICS:
+        values = made.values(metric)
+        made.mean[metric] = statistics.mean(values) if values else None
+        made.std[metric] = statistics.sample_std(values) if values else None
+    return made
 
 
-def _number(value: float) -> float | None:
-    return None if pd.isna(value) else float(value)
+def _best(rows: Sequence[Row], metric: str) -> list[Row]:
+    """Of the rows of one name the one with the best mean."""
+    kept: dict[str, Row] = {}
+    for row in _sorted(rows, metric, BY):
+        kept.setdefault(row.name, row)
+    return list(kept.values())
 
 
-def _labels(frame: pd.DataFrame) -> dict[str, str]:
-    """A label for each fingerprint: the norm and its options that are not the defaults.
-
-    Where defaults have changed between versions two settings can look alike; then the start of
-    the fingerprint tells them apart.
-    """
-    labels = {
-        row.fingerprint: f"{row.norm} ({row.norm_options})" if row.norm_options else row.norm
-        for row in frame.drop_duplicates("fingerprint").itertuples()
-    }
-    twice = {label for label, count in Counter(labels.values()).items() if count > 1}
-    return {
-        fingerprint: f"{label} [{fingerprint[:6]}]" if label in twice else label
-        for fingerprint, label in labels.items()
-    }
+def _baseline(rows: Sequence[Row], asked: str | None, by: By) -> Row | None:
+    """The row that is asked for: by its label, or by a name that only one row has."""
+    usual = [BASELINES.get(key) for key in by]
+    wanted = asked or (" · ".join(map(str, usual)) if None not in usual else None)
+    for called in ([r for r in rows if r.label == wanted], [r for r in rows if r.name == wanted]):
+        if len(called) == 1:
+            return called[0]
+    return None
 
 
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _baseline(labels: dict[str, str], wanted: str) -> str | None:
-    """The label that `wanted` names: a label itself, or a norm that only one row has."""
-    if wanted in labels.values():
-        return wanted
-    of_norm = [label for label in labels.values() if label.split(" ")[0] == wanted]
-    return of_norm[0] if len(of_norm) == 1 else None
-
-
-def _sorted(rows: list[Row], sort: str | None) -> list[Row]:
+def _sorted(rows: Sequence[Row], sort: str | None, by: By) -> list[Row]:
     if sort is None:
-        order = {name: i for i, name in enumerate(NORMS)}
-        return sorted(rows, key=lambda r: (order.get(r.norm, len(order)), r.label))
+        order = {name: i for i, name in enumerate([*NORMS, *LOSSES])}
+        return sorted(rows, key=lambda r: (order.get(r.name, len(order)), labels.natural(r.label)))
     sign = 1 if sort in LOWER_IS_BETTER else -1
 
     def key(row: Row) -> tuple[bool, float]:
@@ -247,54 +292,98 @@ def _sorted(rows: list[Row], sort: str | None) -> list[Row]:
     return sorted(rows, key=key)
 
 
-def _titles(groups: Sequence[pd.DataFrame]) -> list[str]:
-    """What each block's rows share; where that reads alike, the settings that tell blocks apart."""
-    flat = [_flatten(json.loads(group.iloc[0]["settings"])) for group in groups]
-    names = [_name(group.iloc[0], f) for group, f in zip(groups, flat, strict=True)]
-    # Settings hold what is not the default.
-    whole = Recipe(retrain=Retrain(method="crt"))
-    defaults = _flatten(whole.model_dump(mode="json"))
-    titles = []
-    for name, settings in zip(names, flat, strict=True):
-        alike = [other for other, n in zip(flat, names, strict=True) if n == name]
-        differing = [
-            key
-            for key in dict.fromkeys(k for other in alike for k in other)
-            if not key.startswith("norm.")
-            and len({json.dumps(other.get(key)) for other in alike}) > 1
-        ]
-        values = {k: _plain(settings.get(k, defaults.get(k, "default"))) for k in differing}
-        told = (f"{k} {v[:8] if k == 'model.pretrained' else v}" for k, v in values.items())
-        titles.append(" · ".join([name, *told]))
-    return titles
+def _against(row: Row, base: Row | None) -> Row:
+    """A row with what tells it from the baseline."""
+    if base is None:
+        return row
+    # Times of different machines have no ratio.
+    devices = {run.result.device for run in (*row.runs, *base.runs)}
+    time = row.train_seconds / base.train_seconds if len(devices) == 1 else None
+    if row is base:
+        return replace(row, is_baseline=True, relative_time=time)
+    deltas = {metric: delta for metric in METRICS if (delta := _delta(row, base, metric))}
+    return replace(row, relative_time=time, deltas=deltas)
 
 
-def _name(run: pd.Series, settings: Mapping[str, Any]) -> str:
-    loss = run["loss"]
-    parts = [run["set_id"], run["model"]]
-    parts += [f"{loss} ({run['loss_options']})" if run["loss_options"] else loss]
-    parts += [f"sampler {run['sampler']}"] if run["sampler"] != "instance" else []
-    device = f" on {run['device']}" if "train.seconds" in settings else ""
-    parts += [_budget(settings) + device]
-    if isinstance(run["retrain"], str):
-        trains = run["retrain"] in TRAINING_METHODS
-        mode = settings.get("retrain.norm", Retrain.model_fields["norm"].default)
-        parts += [f"then {run['retrain']}" + (f", norms {mode}" if trains else "")]
-    return " · ".join(parts + ([f"tag {run['tag']}"] if isinstance(run["tag"], str) else []))
+def _over_images(blocks: Sequence[Block], metrics: Sequence[str]) -> list[Block]:
+    """The blocks with intervals over test images, all computed at once."""
+    told = [(row, block.reference) for block in blocks for row in block.rows if row.deltas]
+    pairs = [(row.runs, base.runs) for row, base in told if base]
+    found = dict(
+        zip(
+            (id(row) for row, _ in told),
+            zip(*images.intervals(pairs, metrics), strict=True),
+            strict=True,
+        )
+    )
+
+    def imaged(row: Row) -> Row:
+        intervals, problem = found.get(id(row), ({}, None))
+        deltas = {
+            metric: replace(delta, images=intervals.get(metric))
+            for metric, delta in row.deltas.items()
+        }
+        return replace(row, deltas=deltas, problem=problem)
+
+    return [replace(block, rows=tuple(map(imaged, block.rows))) for block in blocks]
 
 
-def _budget(settings: Mapping[str, Any]) -> str:
-    """The budget of the first stage in words: `200 epochs`, `500 steps`, `60 seconds`."""
-    [unit] = [unit for unit in BUDGETS if f"train.{unit}" in settings]
-    amount = settings[f"train.{unit}"]
-    return f"{amount:g} {unit if amount != 1 else unit.removesuffix('s')}"
+def _delta(row: Row, base: Row, metric: str) -> Delta | None:
+    ours, theirs = row.values(metric), base.values(metric)
+    if ours is None or theirs is None:
+        return None
+    common = sorted({*row.seeds} & {*base.seeds})
+    welch = statistics.welch(ours, theirs)
+    pairs = [
+        [dict(zip(r.seeds, v, strict=True))[seed] for seed in common]
+        for r, v in ((row, ours), (base, theirs))
+    ]
+    paired = row.seeds == base.seeds
+    estimate = statistics.paired(ours, theirs) if paired else welch
+    needed = None
+    enough = min(row.n, base.n) >= MIN_SEEDS
+    if metric == TESTED and enough and estimate.sd and estimate.df_per_seed:
+        needed = statistics.seeds_needed(estimate.sd, df_per_seed=estimate.df_per_seed)
+    return Delta(
+        estimate=estimate,
+        paired=paired,
+        welch=welch,
+        correlation=statistics.correlation(*pairs),
+        seeds_needed=needed,
+    )
 
 
-def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{k}": v for k, v in _flatten(value).items()}
-        else:
-            flat[key] = value
-    return flat
+def _marked(block: Block) -> Block:
+    """The block with the tests of its family: the tested metric of all rows with enough seeds.
+
+    Rows that were chosen on the images that they are compared on are not tested.
+    """
+    base = block.reference
+    if base is None or base.n < MIN_SEEDS or block.optimistic:
+        return block
+    family = {
+        row.label: delta.estimate.p
+        for row in block.others
+        if row.n >= MIN_SEEDS and (delta := row.deltas.get(TESTED)) and delta.estimate.p is not None
+    }
+    adjusted = dict(zip(family, statistics.holm(list(family.values())), strict=True))
+    return replace(block, rows=tuple(_tested(row, adjusted.get(row.label)) for row in block.rows))
+
+
+def _tested(row: Row, p: float | None) -> Row:
+    if p is None:
+        return row
+    delta = replace(row.deltas[TESTED], adjusted_p=p, marked=p < LEVEL)
+    return replace(row, deltas={**row.deltas, TESTED: delta})
+
+
+def missing_seeds(blocks: Sequence[Block]) -> Iterator[str]:
+    """A line for each row that lacks seeds which other rows of its block have."""
+    for block in blocks:
+        wanted = sorted({seed for row in block.rows for seed in row.seeds})
+        for row in block.rows:
+            if lacking := [seed for seed in wanted if seed not in row.seeds]:
+                setting = row.runs[0].directory.parent
+                where = f"{setting}/seed{lacking[0]}" + (", …" if len(lacking) > 1 else "")
+                seeds = ", ".join(map(str, lacking))
+                yield f"{row.label} lacks seed {seeds} of {block.title}: {where}"

@@ -18,6 +18,7 @@ from ltnorm.errors import LtnormError
 from ltnorm.recipe import BUDGETS, Recipe, Retrain
 from ltnorm.reporting import schema
 
+FILE = "published.csv"
 # Columns that say what was run, by the key of the recipe that they hold.
 KEYS: Mapping[str, str] = {
     "dataset": "dataset.name",
@@ -46,7 +47,9 @@ class Published:
 
     Attributes:
         keys: dotted keys of the recipe and their values.
-        label: the source in two or three words.
+        label: what its row is called: the source in two or three words, led by what tells it from
+            the other rows of the table that it stands in.
+        paper: the source in two or three words.
         values: metric -> value in percent.
         source: the citation of the values; empty where it is not known.
         method_source: the citation of the method; empty for a baseline.
@@ -56,6 +59,7 @@ class Published:
 
     keys: dict[str, Any]
     label: str
+    paper: str
     values: dict[str, float]
     source: str
     method_source: str
@@ -66,8 +70,18 @@ class Published:
 def default_path() -> Path:
     """The table that ships: inside the installed package, or in results/ of a checkout."""
     package = Path(__file__).parent.parent
-    installed = package / "published.csv"
-    return installed if installed.is_file() else package.parent / "results" / "published.csv"
+    installed = package / FILE
+    return installed if installed.is_file() else package.parent / "results" / FILE
+
+
+def read_beside(places: Sequence[Path]) -> list[Published]:
+    """The tables that lie as published.csv in folders of results; without one that which ships.
+
+    Raises:
+        LtnormError: a table is damaged.
+    """
+    tables = [table for place in places if (table := place / FILE).is_file()]
+    return [one for table in tables or [default_path()] for one in read(table)]
 
 
 def read(path: Path) -> list[Published]:
@@ -140,7 +154,9 @@ def _published(row: Mapping[str, str], where: str) -> Published:
     if trials and not (trials.isascii() and trials.isdigit()):
         raise LtnormError(f"{where}: trials '{trials}' is not a whole number", HINT)
     told = {column: row[column] for column in TOLD if column != "trials"}
-    return Published(keys=keys, values={}, trials=int(trials) if trials else None, **told)
+    return Published(
+        keys=keys, paper=row["label"], values={}, trials=int(trials) if trials else None, **told
+    )
 
 
 def _options(cell: str, where: str) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,6 @@ directory of its own, with the start of its fingerprint added.
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import math
@@ -33,6 +32,7 @@ from ltnorm.recipe import Recipe
 
 SCHEMA = 2
 RESULT, RECIPE, OWNER, PER_CLASS = "result.csv", "recipe.yaml", "fingerprint", "per_class.csv"
+EPOCHS, PREDICTIONS = "epochs.csv", "predictions.npz"
 # How text begins that a spreadsheet takes for a formula, or that `escape` has changed.
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
@@ -364,7 +364,7 @@ def read_per_class(path: Path) -> list[ClassRow]:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """A run's directory, the names of what lies in it, and its result row where it has one."""
 
     directory: Path
@@ -372,7 +372,7 @@ class Run:
     result: Path | None
 
 
-def find_runs(paths: Sequence[Path]) -> list[Run]:
+def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
     """All runs below `paths`: folders with recipe.yaml or result.csv directly in them.
 
     A path can also be a result row itself, by whatever name.
@@ -380,10 +380,10 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     Raises:
         NothingFound: a path does not exist.
     """
-    found: list[Run] = []
+    found: list[RunFolder] = []
     for path in paths:
         if path.is_file():
-            found.append(Run(path.parent, frozenset(os.listdir(path.parent)), path))
+            found.append(RunFolder(path.parent, frozenset(os.listdir(path.parent)), path))
         elif path.is_dir():
             found += sorted(_below(path), key=lambda run: run.directory)
         else:
@@ -394,12 +394,12 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     return list({run.result or run.directory: run for run in found}.values())
 
 
-def _below(path: Path) -> Iterator[Run]:
+def _below(path: Path) -> Iterator[RunFolder]:
     for place, _, names in os.walk(path):
         if RECIPE in names or RESULT in names:
             directory = Path(place)
             result = directory / RESULT if RESULT in names else None
-            yield Run(directory, frozenset(names), result)
+            yield RunFolder(directory, frozenset(names), result)
 
 
 def find_results(paths: Sequence[Path]) -> list[Path]:
@@ -409,14 +409,3 @@ def find_results(paths: Sequence[Path]) -> list[Path]:
         NothingFound: a path does not exist.
     """
     return [run.result for run in find_runs(paths) if run.result]
-
-
-def block_key(result: Result) -> str:
-    """What a block of a comparison shares: everything but the norm, and the images themselves."""
-    settings = json.loads(result.settings)
-    settings.pop("norm", None)
-    if "seconds" in settings.get("train", {}):  # a second is as much as the device does in it
-        settings["device"] = result.device
-    settings["index_sha256"] = result.index_sha256
-    settings["group_scheme"] = result.group_scheme
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -231,17 +231,17 @@ class RunState:
         return f"{self.directory} is {self.state}{done}{why}"
 
 
-def states(runs: Sequence[schema.Run], size: bool = False) -> list[RunState]:
+def states(runs: Sequence[schema.RunFolder], size: bool = False) -> list[RunState]:
     """What has become of each run."""
     return [read(run, size) for run in runs]
 
 
-def unfinished(runs: Sequence[schema.Run]) -> list[RunState]:
+def unfinished(runs: Sequence[schema.RunFolder]) -> list[RunState]:
     """Of runs those without a result: running, failed, unfinished or damaged."""
     return states([run for run in runs if not run.result])
 
 
-def read(run: schema.Run, size: bool = False) -> RunState:
+def read(run: schema.RunFolder, size: bool = False) -> RunState:
     """What has become of a run.
 
     - running: a process holds its lock. From another host a lock can go unseen, and some file

@@ -317,7 +317,7 @@ def _save(
     )
     checkpoint.save(directory / checkpoint.NAME, saved)
     header = [f.name for f in dataclasses.fields(Epoch)]
-    schema.write_rows(directory / "epochs.csv", header, map(dataclasses.astuple, done.epochs))
+    schema.write_rows(directory / schema.EPOCHS, header, map(dataclasses.astuple, done.epochs))
     metrics = measured.metrics
     classes = zip(
         range(len(data.classes)),
@@ -337,7 +337,7 @@ def _save(
         prediction=measured.logits.argmax(1).numpy().astype(np.int16),
         true_class_probability=probability.numpy().astype(np.float16),
     )
-    schema.write_bytes(directory / "predictions.npz", arrays.getvalue())
+    schema.write_bytes(directory / schema.PREDICTIONS, arrays.getvalue())
 
 
 def _recipe_columns(recipe: Recipe) -> dict[str, Any]:

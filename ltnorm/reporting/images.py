@@ -1,0 +1,83 @@
+"""Intervals over test images for the rows of a comparison: see `ltnorm.reporting.bootstrap`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ltnorm.errors import LtnormError
+from ltnorm.reporting import bootstrap
+from ltnorm.reporting.bootstrap import Contrast, Interval, Predictions
+from ltnorm.reporting.schema import PER_CLASS, PREDICTIONS, Run, read_per_class
+
+# Metrics that are sums over classes of weighted accuracies, as the bootstrap needs.
+METRICS = ("all", "head", "medium", "tail")
+Runs = Sequence[Run]
+
+
+def intervals(
+    pairs: Sequence[tuple[Runs, Runs]], metrics: Sequence[str]
+) -> tuple[list[dict[str, Interval]], list[str | None]]:
+    """Intervals of the differences between settings, by metric, and what is damaged, one a pair.
+
+    Without the predictions of all runs of a pair, or where they are of other images, it has none.
+
+    Args:
+        pairs: the runs of a setting, and those of its reference.
+        metrics: of `METRICS`.
+    """
+    files = _Files()
+    problems: list[str | None] = [None] * len(pairs)
+    contrasts: list[Contrast] = []
+    owners: list[tuple[int, str]] = []
+    for i, (ours, theirs) in enumerate(pairs):
+        try:
+            found = files.contrasts(ours, theirs, metrics)
+        except LtnormError as error:
+            problems[i] = error.message
+            continue
+        contrasts += found.values()
+        owners += [(i, metric) for metric in found]
+    by_pair: list[dict[str, Interval]] = [{} for _ in pairs]
+    for (i, metric), interval in zip(owners, bootstrap.intervals(contrasts), strict=True):
+        if interval:
+            by_pair[i][metric] = interval
+    return by_pair, problems
+
+
+class _Files:
+    """Predictions and classes of runs, each read once; equal labels are kept once."""
+
+    def __init__(self) -> None:
+        self.read: dict[Path, Predictions] = {}
+        self.labels: dict[bytes, np.ndarray] = {}
+        self.groups: dict[Path, list[str]] = {}
+
+    def contrasts(self, ours: Runs, theirs: Runs, metrics: Sequence[str]) -> dict[str, Contrast]:
+        """What is to be computed for a pair; nothing without all predictions."""
+        if not all((run.directory / PREDICTIONS).is_file() for run in (*ours, *theirs)):
+            return {}
+        sides = [[self._predictions(run.directory) for run in side] for side in (ours, theirs)]
+        labels = sides[0][0].labels
+        found = {}
+        for metric in metrics:
+            weights = [
+                bootstrap.class_weights(metric, self._groups(side[0].directory), labels)
+                for side in (ours, theirs)
+            ]
+            if weights[0] is not None and weights[1] is not None:
+                found[metric] = Contrast(*sides, *weights)
+        return found
+
+    def _predictions(self, directory: Path) -> Predictions:
+        if directory not in self.read:
+            found = bootstrap.read(directory / PREDICTIONS)
+            labels = self.labels.setdefault(found.labels.tobytes(), found.labels)
+            self.read[directory] = Predictions(labels, found.correct)
+        return self.read[directory]
+
+    def _groups(self, directory: Path) -> list[str]:
+        if directory not in self.groups:
+            rows = read_per_class(directory / PER_CLASS)
+            self.groups[directory] = [one.group for one in rows]
+        return self.groups[directory]
