@@ -13,7 +13,18 @@ from typing import Annotated
 import typer
 
 from ltnorm import __version__
-from ltnorm.cli import bench, catalogue, compare, evaluate, inspect, prepare, retrain, train
+from ltnorm.cli import (
+    bench,
+    catalogue,
+    compare,
+    diff,
+    evaluate,
+    inspect,
+    prepare,
+    retrain,
+    runs,
+    train,
+)
 from ltnorm.cli.signals import Terminated, terminable
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError
@@ -31,6 +42,8 @@ app.command("retrain")(retrain.command)
 app.command("eval")(evaluate.command)
 app.command("inspect")(inspect.command)
 app.command("compare")(compare.command)
+app.command("runs")(runs.command)
+app.command("diff")(diff.command)
 app.command("bench")(bench.command)
 app.command("list")(catalogue.command)
 
