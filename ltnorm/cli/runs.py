@@ -3,7 +3,6 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +52,7 @@ def command(
         good = (state.State.finished, state.State.running)
         runs = [run for run in runs if run.state not in good]
     output.product(_shown(runs, paths, len(found)))
-    output.document({"runs": [asdict(run) | {"directory": str(run.directory)} for run in runs]})
+    output.document({"runs": [vars(run) | {"directory": str(run.directory)} for run in runs]})
 
 
 def _shown(runs: Sequence["RunState"], paths: Sequence[Path], found: int) -> "RenderableType":
