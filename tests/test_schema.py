@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_compare import result
 
 from ltnorm.errors import LtnormError
-from ltnorm.reporting import schema
+from ltnorm.reporting import cells, schema
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 # Text of any kind, and such as begins with what matters here.
@@ -23,8 +23,8 @@ def folder(tmp_path_factory):
 
 @given(TEXT)
 def test_escaping_is_undone_and_leaves_no_formula(text):
-    cell = schema.escape(text)
-    assert schema.unescape(cell) == text
+    cell = cells.escape(text)
+    assert cells.unescape(cell) == text
     assert not cell.startswith(FORMULAS)
     if not text.lstrip("'").startswith(FORMULAS):
         assert cell == text
@@ -32,7 +32,7 @@ def test_escaping_is_undone_and_leaves_no_formula(text):
 
 @pytest.mark.parametrize("number", [-1, -1.5, None, 0, 1e-300])
 def test_numbers_are_left_alone(number):
-    assert schema.escape(number) is number
+    assert cells.escape(number) is number
 
 
 @given(st.lists(st.tuples(TEXT, st.integers(), st.none() | st.floats(-1e9, 1e9)), min_size=1))
@@ -44,8 +44,8 @@ def test_class_names_of_any_text_survive_the_disk(folder, classes):
     schema.write_per_class(folder, rows)
     assert schema.read_per_class(folder / schema.PER_CLASS) == rows
     with (folder / schema.PER_CLASS).open(newline="") as file:
-        for cells in csv.DictReader(file):  # what a spreadsheet would see
-            assert not cells["name"].startswith(FORMULAS)
+        for row in csv.DictReader(file):  # what a spreadsheet would see
+            assert not row["name"].startswith(FORMULAS)
 
 
 @given(TEXT.filter(bool), TEXT)

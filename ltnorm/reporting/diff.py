@@ -13,6 +13,7 @@ from rich.text import Text
 from ltnorm.console import grid
 from ltnorm.errors import LtnormError, NothingFound, UsageError
 from ltnorm.reporting import schema, state
+from ltnorm.reporting.labels import flatten
 
 # Keys of a recipe that are no part of the setting; see `Recipe.settings`.
 APART = ("seed", "device", "workers", "eval.every")
@@ -170,17 +171,6 @@ def _recipe(file: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         hint = "train the run again: `ltnorm train --force`"
         raise LtnormError(f"{file} is damaged: {reason}", hint) from error
-
-
-def flatten(settings: Mapping[Any, Any]) -> dict[str, Any]:
-    """Nested settings by dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
-        else:
-            flat[str(key)] = value
-    return flat
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:

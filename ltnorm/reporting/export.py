@@ -1,6 +1,5 @@
 """A comparison as a document: thin exporters over sheets, and records with every number."""
 
-import csv
 import html
 import io
 import json
@@ -12,8 +11,8 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from ltnorm.console import LABEL_WIDTH, grid
+from ltnorm.reporting import cells
 from ltnorm.reporting.compare import Block, Delta, Row
-from ltnorm.reporting.schema import escape
 from ltnorm.reporting.sheets import Sheet
 from ltnorm.reporting.views import ClassTable
 from ltnorm.reporting.wording import facts, footnotes, legend, outcome
@@ -93,15 +92,15 @@ def markdown(sheets: Sequence[Sheet]) -> str:
         numbers = len(sheet.headings) - sheet.lead
         lines = [f"**{_plain_markdown(sheet.title)}**", "", _markdown_row(sheet.headings)]
         lines.append("|" + "|".join([" --- "] * sheet.lead + [" ---: "] * numbers) + "|")
-        lines += [_markdown_row(cells) for cells in sheet.rows]
+        lines += map(_markdown_row, sheet.rows)
         notes = [part for note in sheet.notes for part in ("", _plain_markdown(note))]
         parts.append("\n".join([*lines, *notes]))
     parts += map(_plain_markdown, _legends(sheets))
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_plain_markdown, cells)) + " |"
+def _markdown_row(row: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_plain_markdown, row)) + " |"
 
 
 def _plain_markdown(text: str) -> str:
@@ -127,18 +126,18 @@ def _latex_table(sheet: Sheet) -> str:
         _latex_row(sheet.headings),
         r"\midrule",
     ]
-    for place, cells in enumerate(sheet.rows):
+    for place, row in enumerate(sheet.rows):
         if place in sheet.apart and place - 1 not in sheet.apart:
             lines.append(r"\midrule")
-        lines.append(_latex_row(cells))
+        lines.append(_latex_row(row))
     lines += [r"\bottomrule", r"\end{tabular}"]
     notes = latex_text(" ".join([*sheet.notes, sheet.legend]))
     return "\n".join([*lines, rf"\par\smallskip\footnotesize {notes}", r"\end{table*}"])
 
 
-def _latex_row(cells: Sequence[str]) -> str:
+def _latex_row(row: Sequence[str]) -> str:
     # A bracket at the start of a row would be read as an argument of the `\\` before it.
-    return " & ".join(re.sub(r"^(\[|\*)", r"{}\1", latex_text(cell)) for cell in cells) + r" \\"
+    return " & ".join(re.sub(r"^(\[|\*)", r"{}\1", latex_text(cell)) for cell in row) + r" \\"
 
 
 def latex_text(text: str) -> str:
@@ -158,8 +157,8 @@ def html_table(sheet: Sheet) -> str:
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in sheet.headings)
     lines = ["<figure>", "<table>", f"<caption>{html.escape(sheet.title)}</caption>"]
     lines += [f"<thead><tr>{head}</tr></thead>", "<tbody>"]
-    for place, cells in enumerate(sheet.rows):
-        first, *others = map(html.escape, cells)
+    for place, row in enumerate(sheet.rows):
+        first, *others = map(html.escape, row)
         kind = ' class="published"' if place in sheet.apart else ""
         rest = "".join(f"<td>{cell}</td>" for cell in others)
         lines.append(f'<tr{kind}><th scope="row">{first}</th>{rest}</tr>')
@@ -249,16 +248,12 @@ def class_records(tables: Sequence[ClassTable]) -> list[dict[str, Any]]:
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """One CSV row a record; no cell is a formula to a spreadsheet."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     header = list(dict.fromkeys(key for row in rows for key in row))
-    writer.writerow(header)
-    writer.writerows([_csv_cell(row.get(key)) for key in header] for row in rows)
-    return buffer.getvalue()
+    return cells.text([header, *([_csv_cell(row.get(key)) for key in header] for row in rows)])
 
 
 def _csv_cell(value: Any) -> Any:
-    return escape(" ".join(map(str, value)) if isinstance(value, list) else value)
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def as_json(blocks: Sequence[Block], tables: Sequence[ClassTable] = ()) -> str:

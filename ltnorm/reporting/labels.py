@@ -64,14 +64,14 @@ def defaults() -> dict[str, Any]:
     return flatten(whole) | {"retrain.method": None}
 
 
-def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(settings: Mapping[Any, Any]) -> dict[str, Any]:
     """Nested settings by dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
             flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
         else:
-            flat[key] = value
+            flat[str(key)] = value
     return flat
 
 

@@ -15,13 +15,10 @@ directory of its own, with the start of its fingerprint added.
 """
 
 import contextlib
-import csv
 import dataclasses
-import io
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +26,11 @@ from typing import Any
 
 from ltnorm.errors import LtnormError, NothingFound, UsageError
 from ltnorm.recipe import Recipe
+from ltnorm.reporting import cells
 
 SCHEMA = 2
 RESULT, RECIPE, OWNER, PER_CLASS = "result.csv", "recipe.yaml", "fingerprint", "per_class.csv"
 EPOCHS, PREDICTIONS = "epochs.csv", "predictions.npz"
-# How text begins that a spreadsheet takes for a formula, or that `escape` has changed.
-FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 @dataclass(frozen=True)
@@ -239,30 +235,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV whole or not at all; None becomes an empty cell, text is `escape`d."""
-    write_text(path, "".join(_line([*map(escape, row)]) for row in [header, *rows]))
-
-
-def _line(row: Sequence[Any]) -> str:
-    """One row of a CSV."""
-    buffer = io.StringIO(newline="")
-    # A writer quotes a line break in a cell only if its own line ends have that character.
-    csv.writer(buffer, lineterminator="\r\n").writerow(row)
-    return buffer.getvalue().removesuffix("\r\n") + "\n"
-
-
-def escape(cell: Any) -> Any:
-    """A cell that no spreadsheet runs: an apostrophe leads text that begins as a formula does.
-
-    That is text which begins with = + - @ tab or CR, or with apostrophes and one of these, so that
-    `unescape` gives the same text back. What is no text stays as it is.
-    """
-    return f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell
-
-
-def unescape(cell: str) -> str:
-    """The text that `escape` was given."""
-    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+    """Write a CSV whole or not at all; None becomes an empty cell, see `cells` for text."""
+    write_text(path, cells.text([header, *rows]))
 
 
 def write_result(directory: Path, result: Result) -> None:
@@ -277,37 +251,26 @@ def read_result(path: Path) -> Result:
         LtnormError: not a result of this schema, or damaged.
     """
     hint = "delete or move the file, or compare with the version of ltnorm that wrote it"
-    header, *rows = _read_rows(path, hint)
+    header, *rows = cells.read(path, hint)
     if "schema" not in header or "fingerprint" not in header:
         raise LtnormError(f"{path} is not a result of ltnorm", hint)
     if len(rows) != 1 or len(rows[0]) != len(header):
         raise LtnormError(f"{path} is damaged: it must hold one whole row", hint)
-    cells = dict(zip(header, rows[0], strict=True))
-    if cells["schema"] != str(SCHEMA) or tuple(header) != COLUMNS:
+    row = dict(zip(header, rows[0], strict=True))
+    if row["schema"] != str(SCHEMA) or tuple(header) != COLUMNS:
         raise LtnormError(
-            f"{path} has schema {cells['schema'] or '?'} with other columns than this ltnorm "
+            f"{path} has schema {row['schema'] or '?'} with other columns than this ltnorm "
             f"(schema {SCHEMA})",
             hint,
         )
     try:
-        result = Result(
-            **{f.name: _parse(cells[f.name], f.type) for f in dataclasses.fields(Result)}
-        )
+        result = Result(**{f.name: _parse(row[f.name], f.type) for f in dataclasses.fields(Result)})
         settings = json.loads(result.settings)
         if not isinstance(settings, dict) or not isinstance(settings.get("norm"), dict):
             raise ValueError("its settings are not those of a recipe")
     except ValueError as error:
         raise LtnormError(f"{path} is damaged: {error}", hint) from error
     return result
-
-
-def _read_rows(path: Path, hint: str) -> list[list[str]]:
-    """The rows of a CSV, at least one, the header first; cells as they stand there."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [*csv.reader(file)] or [[]]
-    except (OSError, ValueError, csv.Error) as error:
-        raise LtnormError(f"{path} is not a readable CSV: {error}", hint) from error
 
 
 def _parse(cell: str, kind: Any) -> Any:
@@ -320,7 +283,7 @@ def _parse(cell: str, kind: Any) -> Any:
         if not math.isfinite(value):
             raise ValueError(f"{cell} is not a finite number")
         return value
-    return int(cell) if kind is int else unescape(cell)
+    return int(cell) if kind is int else cells.unescape(cell)
 
 
 @dataclass(frozen=True)
@@ -353,7 +316,7 @@ def read_per_class(path: Path) -> list[ClassRow]:
         LtnormError: it is missing, damaged, or has other columns.
     """
     hint = "`ltnorm train --force` makes the run anew"
-    header, *rows = _read_rows(path, hint)
+    header, *rows = cells.read(path, hint)
     if tuple(header) != CLASS_COLUMNS or not rows:
         raise LtnormError(f"{path} is damaged: it has no rows of {', '.join(CLASS_COLUMNS)}", hint)
     kinds = [f.type for f in dataclasses.fields(ClassRow)]
