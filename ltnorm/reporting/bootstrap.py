@@ -4,6 +4,9 @@ It answers another question than the interval over seeds (other images, the same
 other networks, the same images), so the two are never mixed.
 """
 
+import functools
+import io
+import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +43,10 @@ def read(path: Path) -> Predictions:
         LtnormError: not readable, damaged, or without the arrays `label` and `prediction`.
     """
     try:
-        arrays = np.load(path, allow_pickle=False)
-        if not isinstance(arrays, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
-        with arrays:
-            labels, predicted = (np.asarray(arrays[key]) for key in ("label", "prediction"))
-    except Exception as error:  # of damaged content, numpy passes on what its parsers raise
+        with zipfile.ZipFile(path) as archive:  # np.load would look twice at each array
+            labels, predicted = (archive.read(f"{name}.npy") for name in ("label", "prediction"))
+        labels, predicted = _labels(labels), _array(predicted)
+    except Exception as error:  # of damaged content, the parsers raise many kinds
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise _damaged(path, reason.splitlines()[0].strip("'\"")) from error
     if labels.ndim != 1 or labels.shape != predicted.shape:
@@ -54,6 +55,18 @@ def read(path: Path) -> Predictions:
     if not integers or (labels < 0).any():
         raise _damaged(path, "labels and predictions must be class numbers from 0")
     return Predictions(labels, labels == predicted)
+
+
+def _array(content: bytes) -> np.ndarray:
+    return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _labels(content: bytes) -> np.ndarray:
+    """Labels, which the runs of a data set share: an array once, which nobody changes."""
+    labels = _array(content)
+    labels.setflags(write=False)
+    return labels
 
 
 def _damaged(path: Path, reason: str) -> LtnormError:

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from ltnorm.errors import LtnormError
 from ltnorm.reporting import bootstrap
 from ltnorm.reporting.bootstrap import Contrast, Interval, Predictions
@@ -46,11 +44,10 @@ def intervals(
 
 
 class _Files:
-    """Predictions and classes of runs, each read once; equal labels are kept once."""
+    """Predictions and classes of runs, each read once."""
 
     def __init__(self) -> None:
         self.read: dict[Path, Predictions] = {}
-        self.labels: dict[bytes, np.ndarray] = {}
         self.groups: dict[Path, list[str]] = {}
 
     def contrasts(self, ours: Runs, theirs: Runs, metrics: Sequence[str]) -> dict[str, Contrast]:
@@ -71,9 +68,7 @@ class _Files:
 
     def _predictions(self, directory: Path) -> Predictions:
         if directory not in self.read:
-            found = bootstrap.read(directory / PREDICTIONS)
-            labels = self.labels.setdefault(found.labels.tobytes(), found.labels)
-            self.read[directory] = Predictions(labels, found.correct)
+            self.read[directory] = bootstrap.read(directory / PREDICTIONS)
         return self.read[directory]
 
     def _groups(self, directory: Path) -> list[str]:

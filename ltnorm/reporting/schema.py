@@ -16,6 +16,7 @@ directory of its own, with the start of its fingerprint added.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -273,12 +274,18 @@ def read_result(path: Path) -> Result:
     return result
 
 
+@functools.cache  # asked for each cell of thousands of files
+def _kind(kind: Any) -> tuple[bool, bool]:
+    """Whether a column may be empty, and whether it has floats."""
+    return "None" in str(kind), "float" in str(kind)
+
+
 def _parse(cell: str, kind: Any) -> Any:
     """A cell by the type of its column: int, float, str, or one of them or None."""
-    optional = "None" in str(kind)
+    optional, number = _kind(kind)
     if optional and cell == "":
         return None
-    if "float" in str(kind):
+    if number:
         value = float(cell)
         if not math.isfinite(value):
             raise ValueError(f"{cell} is not a finite number")
