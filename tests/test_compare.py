@@ -166,12 +166,12 @@ def test_baseline_by_label_or_none():
 def test_times_of_different_devices_have_no_ratio():
     [block] = compare([result(), result("gn", device="GPU", train_seconds=1.0)])
     assert block.rows[1].relative_time is None
-    assert "device: cpu (bn); GPU (gn)" in wording.footnotes(block)
+    assert "Device: cpu (bn); GPU (gn)." in wording.footnotes(block)
 
 
 def test_unpaired_seeds_are_told():
     [block] = compare([result(seed=0), result("gn", seed=7)])
-    assert "seeds: 0 (bn); 7 (gn)" in wording.footnotes(block)
+    assert "Seeds: 0 (bn); 7 (gn)." in wording.footnotes(block)
     [block] = compare([result(seed=0), result("gn", seed=0)])
     assert wording.footnotes(block) == []
 

@@ -27,7 +27,7 @@ LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",
     "±": r"$\pm$",
     "Δ": r"$\Delta$",
     "×": r"$\times$",
@@ -110,8 +110,8 @@ def _plain_markdown(text: str) -> str:
 
 
 def latex(sheets: Sequence[Sheet]) -> str:
-    r"""Tables for a paper, a `table*` each; they need `\usepackage{booktabs}`."""
-    parts = [r"% needs \usepackage{booktabs}", *(_latex_table(sheet) for sheet in sheets)]
+    r"""Tables for a paper, a `table*` each; they need the packages booktabs and graphicx."""
+    parts = [r"% needs \usepackage{booktabs,graphicx}", *(_latex_table(sheet) for sheet in sheets)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -121,6 +121,8 @@ def _latex_table(sheet: Sheet) -> str:
         r"\begin{table*}",
         r"\centering\small\setlength{\tabcolsep}{4pt}",
         rf"\caption{{{latex_text(sheet.title)}}}",
+        # A table that is too wide is made smaller, others stay as they are.
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{@{{}}{'l' * lead}{'r' * numbers}@{{}}}}",
         r"\toprule",
         _latex_row(sheet.headings),
@@ -130,9 +132,9 @@ def _latex_table(sheet: Sheet) -> str:
         if place in sheet.apart and place - 1 not in sheet.apart:
             lines.append(r"\midrule")
         lines.append(_latex_row(row))
-    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [r"\bottomrule", r"\end{tabular}}"]
     notes = latex_text(" ".join([*sheet.notes, sheet.legend]))
-    return "\n".join([*lines, rf"\par\smallskip\footnotesize {notes}", r"\end{table*}"])
+    return "\n".join([*lines, rf"\par\smallskip\footnotesize\raggedright {notes}", r"\end{table*}"])
 
 
 def _latex_row(row: Sequence[str]) -> str:

@@ -187,7 +187,8 @@ def of_classes(table: ClassTable) -> Sheet:
             ]
         )
     notes = [
-        f"{block.first.eval_split} set" + (f"; Δ against {block.baseline}." if others else ".")
+        f"{block.first.eval_split.capitalize()} set"
+        + (f"; Δ against {block.baseline}." if others else ".")
     ]
     return Sheet(block.title, headings, cells, lead=2, notes=notes, legend=CLASS_LEGEND)
 

@@ -100,7 +100,7 @@ def _undecided(rows: Sequence[tuple[Row, Delta]], base: Row) -> str:
 
 def facts(block: Block) -> str:
     """What holds for all numbers of a block: the images, the groups, what is compared with what."""
-    parts = [f"{block.first.eval_split} set", _groups(block)]
+    parts = [f"{block.first.eval_split.capitalize()} set", _groups(block)]
     if block.reference and block.others:
         parts.append(f"Δ against {block.baseline}")
     if block.chosen_by:
@@ -170,11 +170,11 @@ def footnotes(block: Block) -> list[str]:
         found = {row.label: {getattr(run.result, what) for run in row.runs} for row in block.rows}
         if len(set().union(*found.values())) > 1:
             told = {label: " and ".join(sorted(values)) for label, values in found.items()}
-            notes.append(f"{what}: {_by_value(told)}")
+            notes.append(f"{what.capitalize()}: {_by_value(told)}.")
     seeds = {row.label: _seeds(row.seeds) for row in block.rows}
     if len(set(seeds.values())) > 1:
-        notes.append(f"seeds: {_by_value(seeds)}")
-    notes += [f"no interval over images: {row.problem}" for row in block.rows if row.problem]
+        notes.append(f"Seeds: {_by_value(seeds)}.")
+    notes += [f"No interval over images: {row.problem}." for row in block.rows if row.problem]
     return notes
 
 
