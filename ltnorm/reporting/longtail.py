@@ -6,8 +6,6 @@ them.
 """
 
 import math
-import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -31,17 +29,6 @@ NARROWEST = 30
 
 # Of the figure, in inches, parts of an image, pixels and characters.
 ROW, GAP, PIXELS, NAME, TITLE = 0.72, 0.03, 160, 22, 80
-FONTS = (
-    *(
-        "Noto Sans CJK JP",
-        "Noto Sans CJK SC",
-        "Source Han Sans",
-        "WenQuanYi Zen Hei",
-        "Droid Sans Fallback",
-    ),
-    *("Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Yu Gothic", "Microsoft YaHei"),
-    *("Malgun Gothic", "Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS"),
-)
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,7 @@ def statistics(counts: Sequence[int]) -> Statistics:
     return Statistics(size, total, high, low, ratio, spread / (size * total) if total else 0.0)
 
 
-def _by_images(counts: Sequence[int]) -> list[int]:
+def by_images(counts: Sequence[int]) -> list[int]:
     """Classes from the largest to the smallest; equal ones in the order of their labels."""
     return sorted(range(len(counts)), key=lambda label: -counts[label])
 
@@ -99,7 +86,7 @@ def chart(counts: Sequence[int], groups: Sequence[str], width: int, height: int 
     """
     from rich.text import Text
 
-    order = _by_images(counts)
+    order = by_images(counts)
     scale = _Scale.of(counts, 8 * height)
     labels = scale.labels(height)
     margin = max(map(len, labels.values())) + 2
@@ -200,7 +187,7 @@ def ends(counts: Sequence[int], most: int = SHOWN) -> tuple[list[int], list[int]
 
     Empty classes are left out: they have nothing to show.
     """
-    order = [label for label in _by_images(counts) if counts[label]]
+    order = [label for label in by_images(counts) if counts[label]]
     largest = order[: min(most, (len(order) + 1) // 2)]
     return largest, order[len(largest) :][-most:]
 
@@ -242,16 +229,14 @@ def plot(
         samples: some images of the classes at the `ends`, uint8 [H, W, 3] of any size, by class.
         seed: with which they were chosen, to be stated.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
-    # A dollar sign in a name starts no formula, and a glyph that no font has is a box, no warning.
-    with matplotlib.rc_context({"font.family": _fonts(), "text.parse_math": False}):
+    with plots.any_text():
         parts = [part for part in ends(counts) if part]
         rows = max(map(len, parts))
         figure = Figure(figsize=(11, 3.9 + ROW * rows), layout="constrained")
         top, below = figure.subfigures(2, 1, height_ratios=(3.3, 0.6 + ROW * rows))
-        top.suptitle(_lines(title, TITLE), fontsize=12, fontweight="bold")
+        top.suptitle(plots.lines(title, TITLE), fontsize=12, fontweight="bold")
         _tail(top.subplots(), counts, groups)
         axes = below.subplots(1, len(parts), squeeze=False)[0]
         for axis, labels, which in zip(axes, parts, ("largest", "smallest"), strict=False):
@@ -261,15 +246,13 @@ def plot(
             axis.text(GAP, -0.1, heading, ha="left", va="bottom", fontsize=10)
             _sheet(axis, labels, classes, counts, groups, samples, rows)
         below.supxlabel(f"training images drawn with seed {seed}", fontsize=8, color="0.35")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            content = plots.rendered(figure, path.suffix)
+        content = plots.rendered(figure, path.suffix)
     schema.write_bytes(path, content)
 
 
 def _tail(axis: Any, counts: Sequence[int], groups: Sequence[str]) -> None:
     """Sorted counts on a log scale, the groups as shades with their names."""
-    order = _by_images(counts)
+    order = by_images(counts)
     sizes = [max(counts[label], 0.5) for label in order]  # an empty class lies below the axis
     start = 0
     for group, members in groupby(groups[label] for label in order):
@@ -291,9 +274,9 @@ def _tail(axis: Any, counts: Sequence[int], groups: Sequence[str]) -> None:
         )
         start = stop
     found = statistics(counts)
-    ticks = _ticks(found.n_max, max(found.n_min, 1))
+    marks = ticks(found.n_max, max(found.n_min, 1))
     axis.set_yscale("log")
-    axis.set_yticks(ticks, [f"{n:,}" for n in ticks])
+    axis.set_yticks(marks, [f"{n:,}" for n in marks])
     axis.set_yticks([], minor=True)
     axis.set_xlim(0.5, len(order) + 0.5)
     axis.set_ylim(max(found.n_min, 1) / 2, found.n_max * 1.3)
@@ -306,7 +289,7 @@ def _tail(axis: Any, counts: Sequence[int], groups: Sequence[str]) -> None:
         axis.set_xticks(range(1, len(order) + 1))
 
 
-def _ticks(high: int, low: int) -> list[int]:
+def ticks(high: int, low: int) -> list[int]:
     """The smallest and the largest count, and the powers of ten that are not too near to them."""
     apart = max((high / low) ** 0.08, 1.2)
     decades = [10**k for k in range(len(str(high)))]
@@ -324,7 +307,7 @@ def _sheet(
 ) -> None:
     """A row of images a class, led by its name, its count and its group."""
     for row, label in enumerate(labels):
-        beside = f"{_lines(classes[label], NAME)}\n{counts[label]:,} · {groups[label]}"
+        beside = f"{plots.lines(classes[label], NAME)}\n{counts[label]:,} · {groups[label]}"
         axis.text(-0.1, row + 0.5, beside, ha="right", va="center", fontsize=8)
         for column, image in enumerate(samples.get(label, ())[:EACH]):
             extent = (column + GAP, column + 1 - GAP, row + 1 - GAP, row + GAP)
@@ -347,21 +330,3 @@ def _square(image: "np.ndarray") -> "np.ndarray":
     if side <= PIXELS:
         return square
     return np.asarray(Image.fromarray(square).resize((PIXELS, PIXELS), Image.Resampling.LANCZOS))
-
-
-def _lines(text: str, width: int) -> str:
-    """Text as it can be drawn, in at most two lines.
-
-    It has no control characters, and no bytes of a path that are no text.
-    """
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return "\n".join(textwrap.wrap(text, width, max_lines=2, placeholder="…"))
-
-
-def _fonts() -> list[str]:
-    """matplotlib's own font, and those for other scripts that are installed."""
-    from matplotlib.font_manager import get_font_names
-
-    installed = set(get_font_names())
-    return ["DejaVu Sans", *(font for font in FONTS if font in installed)]

@@ -3,7 +3,10 @@
 import importlib.util
 import io
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,20 +25,37 @@ COLOURS = "Blues"
 # A group by its line as well as by its colour (Okabe & Ito 2008).
 LINES = {"head": ("#0072B2", "-"), "medium": ("#D55E00", "--"), "tail": ("#009E73", "-.")}
 MOST_NUMBERS = 12  # cells a row of a heat map with room for their numbers
+# Fonts that have what matplotlib's own lacks.
+FONTS = (
+    *(
+        "Noto Sans CJK JP",
+        "Noto Sans CJK SC",
+        "Source Han Sans",
+        "WenQuanYi Zen Hei",
+        "Droid Sans Fallback",
+    ),
+    *("Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Yu Gothic", "Microsoft YaHei"),
+    *("Malgun Gothic", "Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS"),
+)
+
+
+class NoMatplotlib(UsageError):
+    """A figure is asked for, and matplotlib is not installed."""
 
 
 def check(path: Path) -> None:
     """Check, before work starts, that a figure can be drawn into a file.
 
     Raises:
-        UsageError: another ending than .png, .pdf or .svg, no matplotlib, or not writable.
+        UsageError: another ending than .png, .pdf or .svg, or not writable.
+        NoMatplotlib: the extra `plot` is not installed.
     """
     if path.suffix.lower() not in ENDINGS:
         raise UsageError(
             f"--plot {path} is of no known kind of image", f"end it in {', '.join(ENDINGS)}"
         )
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib", 'pip install "ltnorm[plot]"')
+        raise NoMatplotlib("--plot needs matplotlib", 'pip install "ltnorm[plot]"')
     check_file(path, "--plot")
 
 
@@ -69,10 +89,48 @@ def inspection(runs: Sequence[Inspected], densities: Sequence["Density"], ending
 
 
 def rendered(figure: Any, ending: str) -> bytes:
-    """A figure as the content of a file with that ending, such as ".png"."""
+    """A figure as the content of a file with that ending, such as ".png".
+
+    The same figure gives the same bytes: there is no date in them. Text in a PDF keeps its
+    outlines as TrueType, which publishers ask for.
+    """
+    import matplotlib
+
+    kind = ending.lower().lstrip(".")
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=ending.lower().lstrip("."), dpi=DPI)
+    with matplotlib.rc_context({"svg.hashsalt": "ltnorm", "pdf.fonttype": 42}):
+        figure.savefig(buffer, format=kind, dpi=DPI, metadata=undated)
     return buffer.getvalue()
+
+
+@contextmanager
+def any_text() -> Iterator[None]:
+    """Within it figures take names as they are, in any script.
+
+    A dollar sign starts no formula, and a glyph that no font has is a box, no warning.
+    """
+    import matplotlib
+    from matplotlib.font_manager import get_font_names
+
+    installed = set(get_font_names())
+    fonts = ["DejaVu Sans", *(font for font in FONTS if font in installed)]
+    with (
+        matplotlib.rc_context({"font.family": fonts, "text.parse_math": False}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def lines(text: str, width: int, most: int = 2) -> str:
+    """Text as it can be drawn, in at most `most` lines of `width` characters.
+
+    It has no control characters, and no bytes of a path that are no text.
+    """
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return "\n".join(textwrap.wrap(text, width, max_lines=most, placeholder="…"))
 
 
 def _scales(runs: Sequence[Inspected]) -> dict[str, tuple[float, float]]:
