@@ -1,7 +1,7 @@
 """Other views of a comparison: crossed with a second key of the recipe, and class by class."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ltnorm.errors import LtnormError
 from ltnorm.reporting import labels, statistics
@@ -80,11 +80,13 @@ class ClassTable:
         block: whose rows they are.
         classes: of the block, in the order of their labels.
         accuracy: by the label of a row, one a class.
+        seeds: what it is averaged from, by the label of a row and its seeds.
     """
 
     block: Block
     classes: list[ClassRow]
     accuracy: dict[str, list[ClassAccuracy]]
+    seeds: dict[str, dict[int, list[ClassRow]]] = field(default_factory=dict)
 
     @property
     def has_baseline(self) -> bool:
@@ -104,8 +106,9 @@ def per_class(block: Block) -> tuple[ClassTable | None, list[str]]:
     warnings: list[str] = []
     classes: list[ClassRow] | None = None
     accuracy: dict[str, list[ClassAccuracy]] = {}
+    tables: dict[str, dict[int, list[ClassRow]]] = {}
     for row in block.rows:
-        tables = []
+        seeds: dict[int, list[ClassRow]] = {}
         for run in row.runs:
             try:
                 found = read_per_class(run.directory / PER_CLASS)
@@ -116,14 +119,16 @@ def per_class(block: Block) -> tuple[ClassTable | None, list[str]]:
             if [one.name for one in found] != [one.name for one in classes]:
                 warnings.append(f"left out: {run.directory} has other classes")
                 continue
-            tables.append(found)
-        if tables:
+            seeds[run.result.seed] = found
+        if seeds:
+            tables[row.label] = seeds
             accuracy[row.label] = [
-                _over_seeds([one.accuracy for one in seeds]) for seeds in zip(*tables, strict=True)
+                _over_seeds([one.accuracy for one in one_class])
+                for one_class in zip(*seeds.values(), strict=True)
             ]
     if classes is None:
         return None, warnings
-    return ClassTable(block, classes, accuracy), warnings
+    return ClassTable(block, classes, accuracy, tables), warnings
 
 
 def _over_seeds(values: Sequence[float | None]) -> ClassAccuracy:
