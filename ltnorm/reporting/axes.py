@@ -1,11 +1,11 @@
 """What the pictures of a comparison have in common: headings, lines with bands, named points."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltnorm.reporting import plots, statistics
+from ltnorm.reporting import statistics
 from ltnorm.reporting.looks import Look
 
 SMALL, MARKER = 8, 4.5  # points
@@ -58,42 +58,60 @@ def line(
         axis.fill_between(places, low, high, color=look.colour, alpha=0.15, linewidth=0)
 
 
-def from_zero(axis: Any, values: Sequence[float | None], *, below: float = 0.03) -> None:
-    """An axis of percent from 0, with a little room for points at its ends."""
-    top = max([value for value in values if value is not None], default=0.0)
-    top = 100.0 if top > 70 else max(1.15 * top, 1.0)
+def from_zero(axis: Any, over: Iterable[Spread], *, below: float = 0.03) -> None:
+    """An axis of percent from 0 to the highest mean with its deviation, and room for its mark."""
+    top = max((mean + (std or 0.0) for mean, std in over if mean is not None), default=0.0)
+    top = 100.0 if top > 70 else max(1.1 * top, 1.0)
     axis.set_ylim(-below * top, 1.03 * top)
 
 
-def name_points(axis: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Name points (name, x, y), each where it covers nothing; those without such a place are not.
+def no_less_than_nothing(axis: Any) -> None:
+    """Both axes as they are, without what no percentage can be."""
+    for limits, change in ((axis.get_xlim(), axis.set_xlim), (axis.get_ylim(), axis.set_ylim)):
+        margin = 0.04 * (min(limits[1], 100.0) - max(limits[0], 0.0))
+        change(max(limits[0], -margin), min(limits[1], 100.0 + margin))
 
+
+def name_points(axis: Any, points: Sequence[tuple[str, Spread, Spread]]) -> None:
+    """Name points (name, x, y), each where it covers neither name nor point, and the fewest arms.
+
+    It stands nearer to its own point than to any other; without such a place there is no name.
     Sizes must be known: the figure has been laid out.
     """
-    to_pixels, frame = axis.transData.transform, axis.get_window_extent()
-    reach = 5 * axis.figure.dpi / 72
-    taken = [_Box.around(*to_pixels((x, y)), reach) for _, x, y in points]
-    for name, x, y in points:
-        text = axis.annotate(
-            plots.lines(name, 24, 1), (x, y), (0, 0), textcoords="offset points", fontsize=SMALL
-        )
+    frame, reach = axis.get_window_extent(), 5 * axis.figure.dpi / 72
+    marks = [_Box.of(axis, (x, x), (y, y), reach) for _, (x, _), (y, _) in points]
+    taken, arms = [*marks], []
+    for _, (x, wide), (y, high) in points:
+        arms.append(_Box.of(axis, (x - (wide or 0.0), x + (wide or 0.0)), (y, y)))
+        arms.append(_Box.of(axis, (x, x), (y - (high or 0.0), y + (high or 0.0))))
+    for (name, (x, _), (y, _)), own in zip(points, marks, strict=True):
+        text = axis.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=SMALL)
         text.set_in_layout(False)
-        box = next((b for b in _boxes(text) if b.within(frame) and not b.hits(taken)), None)
-        if box:
+        free = [
+            (place, box)
+            for place in PLACES
+            if (box := _stand(text, *place)).within(frame)
+            and not box.hits(taken)
+            and min(marks, key=box.gap) is own
+        ]
+        if free:
+            best, box = min(free, key=lambda found: found[1].hits(arms))
+            _stand(text, *best)
             taken.append(box)
         else:
             text.remove()
 
 
-def _boxes(text: Any) -> Any:
-    """Where a name can stand, the nearest first; it stands at the one that was taken last."""
-    for reach in (6, 10, 16):
-        for right, side in ((1, "left"), (-1, "right"), (0, "center")):
-            for up, level in ((1, "bottom"), (-1, "top"), (0, "center")):
-                if right or up:
-                    text.set(ha=side, va=level, position=(right * reach, up * reach))
-                    found = text.get_window_extent()
-                    yield _Box(found.x0, found.y0, found.x1, found.y1)
+# Where a name can stand: how far from its point, and on which side; the nearest come first.
+PLACES = [(r, x, y) for r in (6, 10, 16) for x in (1, -1, 0) for y in (1, -1, 0) if x or y]
+SIDES = {1: ("left", "bottom"), -1: ("right", "top"), 0: ("center", "center")}
+
+
+def _stand(text: Any, reach: int, right: int, up: int) -> "_Box":
+    """Put a name at one of its places."""
+    text.set(ha=SIDES[right][0], va=SIDES[up][1], position=(right * reach, up * reach))
+    found = text.get_window_extent()
+    return _Box(found.x0, found.y0, found.x1, found.y1)
 
 
 @dataclass(frozen=True)
@@ -106,15 +124,26 @@ class _Box:
     high: float
 
     @classmethod
-    def around(cls, x: float, y: float, reach: float) -> "_Box":
-        return cls(x - reach, y - reach, x + reach, y + reach)
+    def of(
+        cls, axis: Any, x: tuple[float, float], y: tuple[float, float], reach: float = 0
+    ) -> "_Box":
+        """What an axis shows from and to values, and `reach` around it."""
+        (left, low), (right, high) = axis.transData.transform(list(zip(x, y, strict=True)))
+        return cls(left - reach, low - reach, right + reach, high + reach)
 
-    def hits(self, others: Sequence["_Box"]) -> bool:
-        return any(
+    def hits(self, others: Sequence["_Box"]) -> int:
+        """How many of the others it covers a part of."""
+        return sum(
             self.left < o.right and o.left < self.right and self.low < o.high and o.low < self.high
             for o in others
         )
 
+    def gap(self, other: "_Box") -> float:
+        """How far it is from another one."""
+        across = max(self.left - other.right, other.left - self.right, 0.0)
+        return math.hypot(across, max(self.low - other.high, other.low - self.high, 0.0))
+
     def within(self, frame: Any) -> bool:
+        """Whether all of it lies in a frame."""
         across = frame.x0 <= self.left and self.right <= frame.x1
         return across and frame.y0 <= self.low and self.high <= frame.y1

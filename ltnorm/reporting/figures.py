@@ -225,6 +225,7 @@ def _draw_legend(place: Any, part: _Part, columns: int) -> None:
         fontsize=SMALL + 0.5,
         frameon=False,
         handlelength=5,
+        handleheight=1.1,
     )
 
 

@@ -7,6 +7,7 @@ why. Accuracies are in percent, spreads are over seeds.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ltnorm.errors import LtnormError, UsageError
@@ -20,6 +21,7 @@ from ltnorm.reporting.views import ClassTable, Pivot
 
 GROUPS = ("head", "medium", "tail")
 MOST_BANDS = 6  # rows whose bands do not cover each other
+MOST_NAMES, NAME = 8, 28  # points that are named, and characters of a name; others have the legend
 MARKS = 40  # markers on a line
 BAND = "bands: ± sample standard deviation over seeds"
 WHISKERS = "whiskers: 95 % t interval of the mean over seeds"
@@ -78,7 +80,7 @@ def per_class(scene: Scene) -> list[Plot]:
         ranks.draw_tail(axis)
         _lines(axis, dict.fromkeys(over, ranks.places), over, scene.looks)
         ranks.draw(axis)
-        axes.from_zero(axis, [mean for spreads in over.values() for mean, _ in spreads])
+        axes.from_zero(axis, chain.from_iterable(over.values()))
 
     return [Plot(draw, notes, wide=True)]
 
@@ -128,8 +130,9 @@ def groups(scene: Scene) -> list[Plot]:
         axis.set_xticks(range(len(GROUPS)), names, fontsize=SMALL + 1)
         axis.set_xlim(-0.5, len(GROUPS) - 0.5)
         axis.tick_params(axis="x", length=0)
-        ends = [end[1] for of_row in limits.values() for end in of_row.values() if end]
-        axes.from_zero(axis, [*(row.mean[g] for row in rows for g in GROUPS), *ends], below=0)
+        ends = [(end[1], None) for of_row in limits.values() for end in of_row.values() if end]
+        means = [(row.mean[g], None) for row in rows for g in GROUPS]
+        axes.from_zero(axis, [*means, *ends], below=0)
 
     return [Plot(draw, (WHISKERS,) if several else ())]
 
@@ -174,21 +177,31 @@ def head_tail(scene: Scene) -> list[Plot]:
             f"--panel head-tail: {scene.block.title} has no class in the head or in the tail",
             "leave the panel out",
         )
-    points = [(row.label, row.mean["head"], row.mean["tail"]) for row in rows]
+    points = [
+        (r.label, (r.mean["head"], r.std["head"]), (r.mean["tail"], r.std["tail"])) for r in rows
+    ]
 
     def draw(axis: Any) -> None:
+        faint = 1.0 if len(rows) <= MOST_BANDS else 0.5
         axes.heading(axis, "tail against head", "head accuracy in %", "tail accuracy in %")
-        for row, (label, head, tail) in zip(rows, points, strict=True):
-            spread = {"xerr": row.std["head"], "yerr": row.std["tail"]} if row.n > 1 else {}
+        for label, (head, across), (tail, up) in points:
             shown = scene.looks[label].points | {"linestyle": "", "markersize": 6.5}
-            axis.errorbar(head, tail, **spread, **shown, elinewidth=1.1, capsize=2)
+            arms = {"elinewidth": 1.1, "ecolor": (scene.looks[label].colour, faint), "capsize": 2}
+            axis.errorbar(head, tail, up, across, **shown, **arms)
         axis.margins(0.16)
+        axes.no_less_than_nothing(axis)
         axis.grid(color="0.92", linewidth=0.8)
         axis.set_axisbelow(True)
 
     several = any(row.n > 1 for row in rows)
-    notes = (CROSSES,) if several else ()
-    return [Plot(draw, notes, finish=lambda axis: axes.name_points(axis, points))]
+    named = len(points) <= MOST_NAMES and max(len(label) for label, *_ in points) <= NAME
+    return [
+        Plot(
+            draw,
+            (CROSSES,) if several else (),
+            finish=(lambda axis: axes.name_points(axis, points)) if named else None,
+        )
+    ]
 
 
 def curves(scene: Scene) -> list[Plot]:
@@ -257,7 +270,7 @@ def _by_ratio(blocks: Sequence[Block], looks: Mapping[str, Look], metric: str, t
         axis.set_xticks(ratios, [f"{one:,.12g}" for one in ratios])
         axis.set_xticks([], minor=True)
         axis.set_xlim(min(ratios) / 1.25, max(ratios) * 1.25)
-        axes.from_zero(axis, [mean for spreads in over.values() for mean, _ in spreads])
+        axes.from_zero(axis, chain.from_iterable(over.values()))
 
     return Plot(draw, _banded(over))
 

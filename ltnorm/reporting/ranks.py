@@ -13,6 +13,7 @@ from ltnorm.reporting.views import ClassTable
 
 NAMED = 20  # classes with room for their names
 NAME = 16  # characters of such a name
+NARROW = 0.08  # of the axis: no room for the name of a group
 # More classes than that are averaged by neighbours, to that many points: lines stay readable.
 MOST_POINTS, POINTS = 40, 25
 
@@ -68,7 +69,7 @@ class Ranks:
         return [spread(values) for values in self.values(seeds)]
 
     def differences(self, ours: Seeds, theirs: Seeds) -> list[Spread]:
-        """Differences of means at each point, with a deviation only where the seeds are the same."""
+        """Differences at each point, with a deviation only where the seeds are the same."""
         pairs = zip(self.values(ours), self.values(theirs), strict=True)
         if list(ours) == list(theirs):
             return [spread([a - b for a, b in zip(x, y, strict=True)]) for x, y in pairs]
@@ -83,29 +84,36 @@ class Ranks:
             names = [plots.lines(one.name, NAME, 1) for one in self.classes]
             slope = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
             axis.set_xticks(range(1, count + 1), names, fontsize=SMALL - 1, **slope)
+        else:
+            axis.xaxis.set_major_formatter("{x:,.0f}")
         sizes = sorted({len(point) for point in self.points})
         each = " or ".join(map(str, sizes))
-        averaged = f", a point is the mean of {each}" if sizes != [1] else ""
+        averaged = f"; a point is the mean of {each} neighbours" if sizes != [1] else ""
         axis.set_xlabel(f"class, by its training images{averaged}", fontsize=SMALL)
         if self.same_images:
             self._name_groups(axis)
 
     def _name_groups(self, axis: Any) -> None:
-        start = 0
+        start, count = 0, len(self.classes)
         for group, members in groupby(one.group for one in self.classes):
             stop = start + len(list(members))
             if start:
                 axis.axvline(start + 0.5, color="0.4", linewidth=0.8, linestyle=":")
-            axis.annotate(
-                group,
-                ((start + stop + 1) / 2, 1),
-                (0, 2),
-                xycoords=axis.get_xaxis_transform(),
-                textcoords="offset points",
-                ha="center",
-                fontsize=SMALL - 1,
-                color="0.35",
-            )
+            # A narrow group at an end is named towards the middle, between others not at all.
+            narrow = (stop - start) / count < NARROW
+            side = "center" if not narrow else "left" if start == 0 else "right"
+            place = {"center": (start + stop + 1) / 2, "left": 0.5, "right": count + 0.5}[side]
+            if not narrow or start == 0 or stop == count:
+                axis.annotate(
+                    group,
+                    (place, 1),
+                    (0, 2),
+                    xycoords=axis.get_xaxis_transform(),
+                    textcoords="offset points",
+                    ha=side,
+                    fontsize=SMALL - 1,
+                    color="0.35",
+                )
             start = stop
 
     def draw_tail(self, axis: Any) -> None:
