@@ -9,7 +9,7 @@ from ltnorm.reporting import statistics
 from ltnorm.reporting.looks import Look
 
 SMALL, MARKER = 8, 4.5  # points
-GAP = 14  # points between axes and title where something stands between them
+GAP = 14  # points between axes and title: groups may be named there
 # A mean and its sample standard deviation: None where nothing is known of it.
 Spread = tuple[float | None, float | None]
 
@@ -19,9 +19,9 @@ def spread(values: Sequence[float] | None) -> Spread:
     return (statistics.mean(values), statistics.sample_std(values)) if values else (None, None)
 
 
-def heading(axis: Any, title: str, across: str, up: str, *, above: bool = False) -> None:
-    """Name the axes; with `above`, room is kept for what stands on top of them."""
-    axis.set_title(title, fontsize=SMALL + 1.5, pad=GAP if above else 6)
+def heading(axis: Any, title: str, across: str, up: str) -> None:
+    """Name the axes."""
+    axis.set_title(title, fontsize=SMALL + 1.5, pad=GAP)
     axis.set_xlabel(across, fontsize=SMALL)
     axis.set_ylabel(up, fontsize=SMALL)
     axis.tick_params(labelsize=SMALL)
@@ -76,7 +76,7 @@ def name_points(axis: Any, points: Sequence[tuple[str, Spread, Spread]]) -> None
     """Name points (name, x, y), each where it covers neither name nor point, and the fewest arms.
 
     It stands nearer to its own point than to any other; without such a place there is no name.
-    Sizes must be known: the figure has been laid out.
+    Sizes must be known: the figure has been laid out, on a canvas of pixels.
     """
     frame, reach = axis.get_window_extent(), 5 * axis.figure.dpi / 72
     marks = [_Box.of(axis, (x, x), (y, y), reach) for _, (x, _), (y, _) in points]
@@ -110,7 +110,7 @@ SIDES = {1: ("left", "bottom"), -1: ("right", "top"), 0: ("center", "center")}
 def _stand(text: Any, reach: int, right: int, up: int) -> "_Box":
     """Put a name at one of its places."""
     text.set(ha=SIDES[right][0], va=SIDES[up][1], position=(right * reach, up * reach))
-    found = text.get_window_extent()
+    found = text.get_window_extent(text.figure.canvas.get_renderer())
     return _Box(found.x0, found.y0, found.x1, found.y1)
 
 

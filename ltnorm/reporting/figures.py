@@ -33,7 +33,7 @@ MOST_PARTS = 8  # blocks in a figure
 MOST_ROWS = 16  # that a reader can tell apart
 
 # Inches: a plot, a wide one, the height of a line of plots, of a line of text, of a legend's line.
-PLOT, WIDE, HIGH, TEXT, KEY = 4.0, 5.6, 3.2, 0.2, 0.22
+PLOT, WIDE, HIGH, TEXT, KEY = 4.0, 5.6, 3.1, 0.2, 0.22
 COLUMNS = 3
 PER_INCH = 11  # bold characters of a title
 KEY_WIDTH, KEY_CHARACTER, KEY_LETTERS = 0.75, 0.075, 60  # inches, inches, characters of a label
@@ -147,6 +147,7 @@ def _check_size(parts: Sequence[_Part]) -> None:
 
 def _figure(parts: Sequence[_Part]) -> Any:
     """Parts one below the other, and how to read them at the bottom."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, max(len(part.plots) for part in parts))
@@ -155,15 +156,14 @@ def _figure(parts: Sequence[_Part]) -> Any:
     titles = [plots.lines(part.title, int(sum(widths) * PER_INCH), 3) for part in parts]
     keys = [_key_columns(part, sum(widths)) for part in parts]
     heights = [
-        HIGH * math.ceil(len(part.plots) / columns)
-        + TEXT * (2 + title.count("\n"))
-        + _key_height(part, key)
+        sum(_line_heights(part, columns)) + TEXT * (2 + title.count("\n")) + _key_height(part, key)
         for part, title, key in zip(parts, titles, keys, strict=True)
     ]
     notes = dict.fromkeys(note for part in parts for plot in part.plots for note in plot.notes)
     caption = plots.lines(" · ".join(notes), int(1.3 * PER_INCH * sum(widths)), 4)
     high = sum(heights) + TEXT * (1 + caption.count("\n"))
     figure = Figure(figsize=(sum(widths), high), dpi=plots.DPI, layout="constrained")
+    FigureCanvasAgg(figure)  # names are measured in pixels, whatever the file will be
     figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
     places = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0]
     waiting = []
@@ -184,14 +184,21 @@ def _draw_plots(
     place: Any, part: _Part, widths: Sequence[float]
 ) -> Iterator[tuple[Callable[[Any], None], Any]]:
     """Draw the plots of a part, line by line; gives what waits for their sizes."""
-    lines = math.ceil(len(part.plots) / len(widths))
-    grid = place.subplots(lines, len(widths), width_ratios=widths, squeeze=False).ravel()
+    heights = _line_heights(part, len(widths))
+    ratios = {"width_ratios": widths, "height_ratios": heights}
+    grid = place.subplots(len(heights), len(widths), squeeze=False, **ratios).ravel()
     for axis, plot in zip(grid, part.plots, strict=False):
         plot.draw(axis)
         if plot.finish:
             yield plot.finish, axis
     for axis in grid[len(part.plots) :]:
         axis.set_axis_off()
+
+
+def _line_heights(part: _Part, columns: int) -> list[float]:
+    """Of the lines of plots, with what stands below their axes."""
+    firsts = range(0, len(part.plots), columns)
+    return [HIGH + max(plot.below for plot in part.plots[i : i + columns]) for i in firsts]
 
 
 def _key_columns(part: _Part, width: float) -> int:

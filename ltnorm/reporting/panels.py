@@ -59,12 +59,14 @@ class Plot:
         draw: into the axes.
         notes: how to read it, for the line below the figure.
         wide: whether it has many things side by side.
+        below: inches that names below the axes take.
         finish: what waits for the sizes of the axes: called with them when all is drawn.
     """
 
     draw: Callable[[Any], None]
     notes: tuple[str, ...] = ()
     wide: bool = False
+    below: float = 0.0
     finish: Callable[[Any], None] | None = None
 
 
@@ -76,13 +78,13 @@ def per_class(scene: Scene) -> list[Plot]:
     notes = _banded(over) + ((AREA,) if ranks.same_images else ())
 
     def draw(axis: Any) -> None:
-        axes.heading(axis, "accuracy by class", "", scene.accuracy, above=ranks.same_images)
+        axes.heading(axis, "accuracy by class", "", scene.accuracy)
         ranks.draw_tail(axis)
         _lines(axis, dict.fromkeys(over, ranks.places), over, scene.looks)
         ranks.draw(axis)
         axes.from_zero(axis, chain.from_iterable(over.values()))
 
-    return [Plot(draw, notes, wide=True)]
+    return [Plot(draw, notes, wide=True, below=ranks.below)]
 
 
 def delta(scene: Scene) -> list[Plot]:
@@ -104,13 +106,13 @@ def delta(scene: Scene) -> list[Plot]:
     over = {label: ranks.differences(table.seeds[label], table.seeds[name]) for label in others}
 
     def draw(axis: Any) -> None:
-        title = f"difference to {plots.lines(name, 40, 1)} by class"
-        axes.heading(axis, title, "", "difference in points", above=ranks.same_images)
+        title = f"difference to {plots.line(name, 40)} by class"
+        axes.heading(axis, title, "", "difference in points")
         axis.axhline(0, color="black", linewidth=1)
         _lines(axis, dict.fromkeys(over, ranks.places), over, scene.looks)
         ranks.draw(axis)
 
-    return [Plot(draw, _banded(over), wide=True)]
+    return [Plot(draw, _banded(over), wide=True, below=ranks.below)]
 
 
 def groups(scene: Scene) -> list[Plot]:

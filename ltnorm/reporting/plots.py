@@ -128,9 +128,21 @@ def lines(text: str, width: int, most: int = 2) -> str:
 
     It has no control characters, and no bytes of a path that are no text.
     """
+    return "\n".join(textwrap.wrap(_plain(text), width, max_lines=most, placeholder="…"))
+
+
+def line(text: str, width: int) -> str:
+    """Text as it can be drawn, cut to one line of `width` columns; wide signs take two."""
+    from rich.text import Text
+
+    cut = Text(_plain(text))
+    cut.truncate(width, overflow="ellipsis")
+    return cut.plain
+
+
+def _plain(text: str) -> str:
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return "\n".join(textwrap.wrap(text, width, max_lines=most, placeholder="…"))
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _scales(runs: Sequence[Inspected]) -> dict[str, tuple[float, float]]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
+from rich.cells import cell_len
+
 from ltnorm.reporting import plots
 from ltnorm.reporting.axes import SMALL, Spread, spread
 from ltnorm.reporting.longtail import by_images, ticks
@@ -12,7 +14,7 @@ from ltnorm.reporting.schema import ClassRow
 from ltnorm.reporting.views import ClassTable
 
 NAMED = 20  # classes with room for their names
-NAME = 16  # characters of such a name
+NAME, SLOPED = 18, 0.045  # columns of such a name, and inches that a sloped one is high
 NARROW = 0.08  # of the axis: no room for the name of a group
 # More classes than that are averaged by neighbours, to that many points: lines stay readable.
 MOST_POINTS, POINTS = 40, 25
@@ -57,6 +59,17 @@ class Ranks:
             start += len(point)
         return found
 
+    @property
+    def names(self) -> list[str]:
+        """Of the classes, as far as there is room for them."""
+        count = len(self.classes)
+        return [plots.line(one.name, NAME) for one in self.classes] if count <= NAMED else []
+
+    @property
+    def below(self) -> float:
+        """The inches that the names take below the axis."""
+        return SLOPED * max(map(cell_len, self.names), default=0)
+
     def values(self, seeds: Seeds) -> list[list[float]]:
         """The accuracy of each seed at each point, [P][n]; an empty list without test images."""
         return [
@@ -81,9 +94,8 @@ class Ranks:
         count = len(self.classes)
         axis.set_xlim(0.5, count + 0.5)
         if count <= NAMED:
-            names = [plots.lines(one.name, NAME, 1) for one in self.classes]
             slope = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-            axis.set_xticks(range(1, count + 1), names, fontsize=SMALL - 1, **slope)
+            axis.set_xticks(range(1, count + 1), self.names, fontsize=SMALL - 1, **slope)
         else:
             axis.xaxis.set_major_formatter("{x:,.0f}")
         sizes = sorted({len(point) for point in self.points})
