@@ -36,7 +36,8 @@ MOST_ROWS = 16  # that a reader can tell apart
 PLOT, WIDE, HIGH, TEXT, KEY = 4.0, 5.6, 3.1, 0.2, 0.22
 COLUMNS = 3
 PER_INCH = 11  # bold characters of a title
-KEY_WIDTH, KEY_CHARACTER, KEY_LETTERS = 0.75, 0.075, 60  # inches, inches, characters of a label
+# Of an entry of a legend: inches without its name, of a character of it, and most characters.
+KEY_WIDTH, KEY_CHARACTER, KEY_LETTERS = 1.0, 0.078, 60
 
 BLOCKS = " ▏▎▍▌▋▊▉█"  # eighths of a character
 LONGEST, SHORTEST = 50, 10  # columns of a bar of 100 %
@@ -128,7 +129,7 @@ def _named(blocks: Sequence[Block], label: str, shown: Mapping[str, Look]) -> tu
     """What the legend says of a row: its label, and how many seeds it has."""
     seeds = sorted({row.n for block in blocks if (row := Pivot.row(label, block))})
     n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return plots.lines(f"{label} (n = {n})", KEY_LETTERS), shown[label]
+    return f"{label} (n = {n})", shown[label]
 
 
 def _check_size(parts: Sequence[_Part]) -> None:
@@ -154,9 +155,9 @@ def _figure(parts: Sequence[_Part]) -> Any:
     wide = [any(p.wide for part in parts for p in part.plots[c::columns]) for c in range(columns)]
     widths = [WIDE if one else PLOT for one in wide]
     titles = [plots.lines(part.title, int(sum(widths) * PER_INCH), 3) for part in parts]
-    keys = [_key_columns(part, sum(widths)) for part in parts]
+    keys = [_Key.of(part, sum(widths)) for part in parts]
     heights = [
-        sum(_line_heights(part, columns)) + TEXT * (2 + title.count("\n")) + _key_height(part, key)
+        sum(_line_heights(part, columns)) + TEXT * (2 + title.count("\n")) + key.height
         for part, title, key in zip(parts, titles, keys, strict=True)
     ]
     notes = dict.fromkeys(note for part in parts for plot in part.plots for note in plot.notes)
@@ -201,19 +202,28 @@ def _line_heights(part: _Part, columns: int) -> list[float]:
     return [HIGH + max(plot.below for plot in part.plots[i : i + columns]) for i in firsts]
 
 
-def _key_columns(part: _Part, width: float) -> int:
-    """How many entries of the legend fit beside each other."""
-    longest = max(len(line) for name, _ in part.rows for line in name.split("\n"))
-    fitting = int(width / (KEY_WIDTH + KEY_CHARACTER * longest))
-    return max(1, min(len(part.rows), fitting))
+@dataclass(frozen=True)
+class _Key:
+    """The names of a legend, in lines, and how many of them stand beside each other."""
+
+    names: list[str]
+    columns: int
+
+    @classmethod
+    def of(cls, part: _Part, width: float) -> "_Key":
+        letters = min(KEY_LETTERS, int((width - KEY_WIDTH) / KEY_CHARACTER))
+        names = [plots.lines(name, letters, 3) for name, _ in part.rows]
+        longest = max(len(line) for name in names for line in name.split("\n"))
+        fitting = int(width / (KEY_WIDTH + KEY_CHARACTER * longest))
+        return cls(names, max(1, min(len(names), fitting)))
+
+    @property
+    def height(self) -> float:
+        lines = max(1 + name.count("\n") for name in self.names)
+        return KEY * lines * math.ceil(len(self.names) / self.columns)
 
 
-def _key_height(part: _Part, columns: int) -> float:
-    lines = max(1 + name.count("\n") for name, _ in part.rows)
-    return KEY * lines * math.ceil(len(part.rows) / columns)
-
-
-def _draw_legend(place: Any, part: _Part, columns: int) -> None:
+def _draw_legend(place: Any, part: _Part, key: _Key) -> None:
     """Each row as its bar and its line."""
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
@@ -225,10 +235,10 @@ def _draw_legend(place: Any, part: _Part, columns: int) -> None:
     ]
     place.legend(
         handles,
-        [name for name, _ in part.rows],
+        key.names,
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0.4)},
         loc="outside lower center",
-        ncols=columns,
+        ncols=key.columns,
         fontsize=SMALL + 0.5,
         frameon=False,
         handlelength=5,

@@ -6,7 +6,7 @@ and a hatch of its own, too. Yellow is left out: a line of it vanishes on white.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ltnorm.reporting.compare import Block
@@ -14,7 +14,8 @@ from ltnorm.reporting.compare import Block
 BASELINE = "#000000"
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
 LINES = ("--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (8, 2)))
-MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8", "H", "o")
+# With whether they are hollow; the full circle is the baseline's.
+MARKERS = (*((m, False) for m in "s^DvPX<>"), *((m, True) for m in "os^Dv<>"))
 HATCHES = ("//", "..", "\\\\", "xx", "--", "++", "oo", "||", "**", "//..", "\\\\..", "xx..", "OO")
 
 
@@ -62,17 +63,14 @@ def looks(blocks: Sequence[Block]) -> dict[str, Look]:
 
 
 def _baseline(i: int) -> Look:
-    """Black; further baselines, of other blocks, by their lines and markers."""
-    lines, markers = ("-", *LINES), ("o", *MARKERS)
-    hatch = "" if i == 0 else HATCHES[(i - 1) % len(HATCHES)]
-    return Look(BASELINE, lines[i % len(lines)], markers[i % len(markers)], i > 0, hatch)
+    """Black; further baselines, of other blocks, by their lines, markers and hatches."""
+    if i == 0:
+        return Look(BASELINE, "-", "o", False, "")
+    return replace(_look(i - 1), colour=BASELINE)
 
 
 def _look(i: int) -> Look:
-    return Look(
-        COLOURS[i % len(COLOURS)],
-        LINES[i % len(LINES)],
-        MARKERS[i % len(MARKERS)],
-        i // len(COLOURS) % 2 == 1,
-        HATCHES[i % len(HATCHES)],
+    colour, line, (marker, hollow), hatch = (
+        them[i % len(them)] for them in (COLOURS, LINES, MARKERS, HATCHES)
     )
+    return Look(colour, line, marker, hollow, hatch)
