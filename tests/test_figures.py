@@ -287,6 +287,17 @@ def test_an_unreadable_curve_is_left_out(tree, text):
     assert curves(block.rows[0]) == curves(whole.rows[0])
 
 
+def test_rows_without_files_are_told(tree, figure):
+    runs = [tree.run(norm) for norm in NORMS[:3]]
+    (runs[1].directory / "per_class.csv").unlink()
+    (runs[2].directory / "epochs.csv").unlink()
+    drawn = figure(runs)
+    [axis] = axes_of(drawn, "accuracy by class (2 of 3 rows)")
+    assert len(lines_of(axis)) == 2
+    assert axes_of(drawn, "training loss (2 of 3 rows)")
+    assert len(lines_of(axes_of(drawn, "difference to bn")[0])) == 1
+
+
 def test_a_loss_that_is_no_number_is_a_missing_one(tree):
     run = tree.run()
     write_curve(run.directory, [1.0, float("nan"), 0.5])
@@ -373,7 +384,7 @@ def test_long_labels_stay_in_the_figure(tree, figure):
         box = legend.get_window_extent()
         assert drawn.bbox.x0 <= box.x0
         assert box.x1 <= drawn.bbox.x1
-        assert legend.get_texts()[0].get_text() == "bn (n = 1)"
+        assert legend.get_texts()[0].get_text() == "bn (n=1)"
         for axis in part.get_axes():
             assert axis.get_window_extent().y0 > box.y1
 

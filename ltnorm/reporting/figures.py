@@ -129,7 +129,7 @@ def _named(blocks: Sequence[Block], label: str, shown: Mapping[str, Look]) -> tu
     """What the legend says of a row: its label, and how many seeds it has."""
     seeds = sorted({row.n for block in blocks if (row := Pivot.row(label, block))})
     n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return f"{label} (n = {n})", shown[label]
+    return f"{label} (n={n})", shown[label]
 
 
 def _check_size(parts: Sequence[_Part]) -> None:
@@ -219,8 +219,9 @@ class _Key:
 
     @property
     def height(self) -> float:
-        lines = max(1 + name.count("\n") for name in self.names)
-        return KEY * lines * math.ceil(len(self.names) / self.columns)
+        lines = [1 + name.count("\n") for name in self.names]
+        each = math.ceil(len(lines) / self.columns)
+        return KEY * max(sum(lines[i : i + each]) for i in range(0, len(lines), each))
 
 
 def _draw_legend(place: Any, part: _Part, key: _Key) -> None:

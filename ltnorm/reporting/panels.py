@@ -5,7 +5,7 @@ plots that it consists of; it raises LtnormError where there is nothing to draw 
 why. Accuracies are in percent, spreads are over seeds.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,7 +21,8 @@ from ltnorm.reporting.views import ClassTable, Pivot
 
 GROUPS = ("head", "medium", "tail")
 MOST_BANDS = 6  # rows whose bands do not cover each other
-MOST_NAMES, NAME = 8, 28  # points that are named, and characters of a name; others have the legend
+# Points that are named, and characters of a name; the legend has them all.
+MOST_NAMES, NAME = 8, 28
 MARKS = 40  # markers on a line
 BAND = "bands: ± sample standard deviation over seeds"
 WHISKERS = "whiskers: 95 % t interval of the mean over seeds"
@@ -49,6 +50,11 @@ class Scene:
     def accuracy(self) -> str:
         """What the axis of an accuracy is called."""
         return f"{self.block.first.eval_split} accuracy in %"
+
+    def part(self, rows: Collection[str]) -> str:
+        """What a title says where not all rows have what is drawn."""
+        whole = len(self.block.rows)
+        return "" if len(rows) == whole else f" ({len(rows)} of {whole} rows)"
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def per_class(scene: Scene) -> list[Plot]:
     notes = _banded(over) + ((AREA,) if ranks.same_images else ())
 
     def draw(axis: Any) -> None:
-        axes.heading(axis, "accuracy by class", "", scene.accuracy)
+        axes.heading(axis, f"accuracy by class{scene.part(over)}", "", scene.accuracy)
         ranks.draw_tail(axis)
         _lines(axis, dict.fromkeys(over, ranks.places), over, scene.looks)
         ranks.draw(axis)
@@ -136,7 +142,7 @@ def groups(scene: Scene) -> list[Plot]:
         means = [(row.mean[g], None) for row in rows for g in GROUPS]
         axes.from_zero(axis, [*means, *ends], below=0)
 
-    return [Plot(draw, (WHISKERS,) if several else ())]
+    return [Plot(draw, (WHISKERS,) if several else (), wide=len(rows) > MOST_NAMES)]
 
 
 def mean_interval(row: Row, metric: str) -> tuple[float, float] | None:
@@ -167,7 +173,7 @@ def _bars(
         if ends:
             arms, cap = [[mean - ends[0]], [ends[1] - mean]], min(2.5, 10 * width)
             # White below black, so that it is seen on any bar.
-            for colour, size in (("white", 2.6), ("black", 0.9)):
+            for colour, size in (("white", min(2.6, 22 * width)), ("black", min(0.9, 9 * width))):
                 axis.errorbar(place + shift, mean, arms, color=colour, elinewidth=size, capsize=cap)
 
 
@@ -234,7 +240,7 @@ def _curve(scene: Scene, quantity: str, title: str, unit: str) -> Plot:
     def draw(axis: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
-        axes.heading(axis, title, "epoch", unit)
+        axes.heading(axis, f"{title}{scene.part(found)}", "epoch", unit)
         _lines(axis, places, over, scene.looks, marks=8)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
