@@ -440,7 +440,7 @@ def test_what_nobody_could_read_is_refused(tree, figure):
 def printed(blocks, width):
     console = Console(width=width, file=io.StringIO())
     console.print(figures.bars(blocks, width))
-    return console.file.getvalue().splitlines()
+    return console.file.getvalue().strip().splitlines()
 
 
 def test_bars_of_text_are_as_long_as_their_numbers(tree):

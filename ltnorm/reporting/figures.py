@@ -257,8 +257,8 @@ def bars(blocks: Sequence[Block], width: int) -> "RenderableType":
 
     parts: list[Any] = []
     for block in blocks:
-        parts += [Text(block.title, style="bold"), _bar_chart(block, width), Text()]
-    return Group(*parts[:-1])
+        parts += [Text(), Text(block.title, style="bold"), _bar_chart(block, width)]
+    return Group(*parts)
 
 
 def _bar_chart(block: Block, width: int) -> "RenderableType":
