@@ -434,7 +434,8 @@ def test_what_nobody_could_read_is_refused(tree, figure):
     runs = [tree.run(ratio=10 + i) for i in range(figures.MOST_PARTS + 1)]
     with pytest.raises(UsageError, match=f"at most {figures.MOST_PARTS} tables"):
         figure(runs, "groups")
-    assert figure(runs, "ratio")
+    assert len(figure(runs, "ratio").subfigs) == 1
+    assert len(figure(runs[1:], "groups", "ratio").subfigs) == figures.MOST_PARTS + 1
 
 
 def printed(blocks, width):

@@ -29,7 +29,7 @@ OF_BLOCK: dict[str, Callable[[Scene], list[Plot]]] = {
 }
 OF_PIVOT: dict[str, Callable[[Pivot, Mapping[str, Look]], list[Plot]]] = {"ratio": panels.ratio}
 PANELS = {**OF_BLOCK, **OF_PIVOT}
-MOST_PARTS = 8  # blocks in a figure
+MOST_PARTS = 8  # blocks in a figure, and as many pivots
 MOST_ROWS = 16  # that a reader can tell apart
 
 # Inches: a plot, a wide one, the height of a line of plots, of a line of text, of a legend's line.
@@ -64,7 +64,7 @@ def draw(blocks: Sequence[Block], names: Sequence[str], ending: str) -> bytes:
         LtnormError: the files that it would be drawn from are not there.
     """
     parts = _parts(blocks, names)
-    _check_size(parts)
+    _check_rows(parts)
     with plots.any_text():
         return plots.rendered(_figure(parts), ending)
 
@@ -80,9 +80,12 @@ class _Part:
 
 def _parts(blocks: Sequence[Block], names: Sequence[str]) -> list[_Part]:
     chosen = list(dict.fromkeys(names)) or list(PANELS)
+    blocks_drawn = blocks if {*chosen} & {*OF_BLOCK} else ()
+    pivots = _pivots(blocks) if {*chosen} & {*OF_PIVOT} else []
+    _check_number(blocks_drawn)
     shown = looks(blocks)
     refused: dict[str, LtnormError] = {}
-    drawn: dict[str, bool] = dict.fromkeys(chosen, False)
+    drawn: set[str] = set()
 
     def made(name: str, *given: Any) -> list[Plot]:
         try:
@@ -90,23 +93,25 @@ def _parts(blocks: Sequence[Block], names: Sequence[str]) -> list[_Part]:
         except LtnormError as error:
             refused[name] = error
             return []
-        drawn[name] = True
+        drawn.add(name)
         return found
 
-    parts = []
-    for block in blocks if {*chosen} & {*OF_BLOCK} else ():
+    of_blocks, of_pivots = [], []
+    for block in blocks_drawn:
         scene = _scene(block, shown)
         found = [plot for name in OF_BLOCK if name in chosen for plot in made(name, scene)]
-        parts.append(_Part(block.title, found, [_named([block], x, shown) for x in scene.looks]))
-    for pivot in _pivots(blocks) if "ratio" in chosen else ():
-        found = made("ratio", pivot, shown)
+        rows = [_named([block], label, shown) for label in scene.looks]
+        of_blocks.append(_Part(block.title, found, rows))
+    for pivot in pivots:
+        found = [plot for name in OF_PIVOT if name in chosen for plot in made(name, pivot, shown)]
         rows = [_named(pivot.blocks, label, shown) for label in pivot.labels]
-        parts.append(_Part(pivot.title, found, rows))
-    if missing := [name for name in names if not drawn[name]]:
+        of_pivots += [_Part(pivot.title, found, rows)] if found else []
+    if missing := [name for name in names if name not in drawn]:
         raise refused.get(missing[0]) or UsageError(
             f"--panel {missing[0]}: the rows differ in the ratio themselves", "leave out --by ratio"
         )
-    return [part for part in parts if part.plots]
+    _check_number(of_pivots)
+    return [part for part in of_blocks if part.plots] + of_pivots
 
 
 def _scene(block: Block, shown: Mapping[str, Look]) -> Scene:
@@ -120,9 +125,9 @@ def _scene(block: Block, shown: Mapping[str, Look]) -> Scene:
 
 def _pivots(blocks: Sequence[Block]) -> list[Pivot]:
     """Blocks by ratio; none where rows of a block differ in it."""
-    return (
-        [] if any(RATIO.startswith(part) for part in blocks[0].by) else views.pivot(blocks, RATIO)
-    )
+    if any(RATIO.startswith(part) for part in blocks[0].by):
+        return []
+    return views.pivot(blocks, RATIO)
 
 
 def _named(blocks: Sequence[Block], label: str, shown: Mapping[str, Look]) -> tuple[str, Look]:
@@ -132,12 +137,15 @@ def _named(blocks: Sequence[Block], label: str, shown: Mapping[str, Look]) -> tu
     return f"{label} (n={n})", shown[label]
 
 
-def _check_size(parts: Sequence[_Part]) -> None:
-    if len(parts) > MOST_PARTS:
+def _check_number(tables: Sequence[Block | _Part]) -> None:
+    if len(tables) > MOST_PARTS:
         raise UsageError(
-            f"--plot draws at most {MOST_PARTS} tables, here are {len(parts)}",
+            f"--plot draws at most {MOST_PARTS} tables, here are {len(tables)}",
             "choose some with --where, or draw them side by side with --panel ratio",
         )
+
+
+def _check_rows(parts: Sequence[_Part]) -> None:
     for part in parts:
         if len(part.rows) > MOST_ROWS:
             raise UsageError(
