@@ -1,7 +1,7 @@
 """`ltnorm compare`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,7 +134,7 @@ def command(
     )
     across = labels.key_of(pivot) if pivot else None
     _check_views(across, question.by, per_class)
-    drawing = _drawing(plot, panel, output)
+    drawable = _check_plot(plot, panel, output)
     _check_files(out, html)
     places = paths or [options.OUT]
     runs, warnings = load.load(places)
@@ -147,14 +147,21 @@ def command(
     _check_baseline(blocks, baseline, output)
     if published and not any(block.published for block in blocks):
         output.warn("no published number was found with the settings of any table here")
-    _print(_view(blocks, across, per_class, output), format, out, output)
-    if drawing:
-        drawing(blocks)
+    if plot and drawable:
+        from ltnorm.reporting import figures
+
+        schema.write_bytes(plot, figures.draw(blocks, panel or (), plot.suffix))
+        output.note(f"figure written to {plot}")
     if html:
         from ltnorm.reporting import page
 
         schema.write_text(html, page.page(blocks))
         output.note(f"page written to {html}")
+    _print(_view(blocks, across, per_class, output), format, out, output)
+    if plot and not drawable and format is Format.table:
+        from ltnorm.reporting import figures
+
+        output.product(figures.bars(blocks, output.out.width))
     if asked:
         gates.check(asked, blocks, norm or ())
 
@@ -250,28 +257,21 @@ def _check_files(out: Path | None, html: Path | None) -> None:
         page.check(html)
 
 
-def _drawing(
-    plot: Path | None, panel: Sequence[str] | None, output: Output
-) -> Callable[[Sequence[Any]], None] | None:
-    """What draws blocks into the file of --plot, or as bars where matplotlib is missing."""
+def _check_plot(plot: Path | None, panel: Sequence[str] | None, output: Output) -> bool:
+    """Whether --plot can be drawn; without matplotlib there are bars instead, and a hint."""
     if plot is None:
         if panel:
             raise UsageError("--panel chooses what --plot draws", "add --plot FILE")
-        return None
-    from ltnorm.reporting import figures, plots, schema
+        return False
+    from ltnorm.reporting import figures, plots
 
     figures.check_panels(panel or ())
     try:
         plots.check(plot)
     except plots.NoMatplotlib as error:
         output.warn(f"{error.message}: bars instead; {error.hint}")
-        return lambda blocks: output.product(figures.bars(blocks, output.out.width))
-
-    def draw(blocks: Sequence[Any]) -> None:
-        schema.write_bytes(plot, figures.draw(blocks, panel or (), plot.suffix))
-        output.note(f"figure written to {plot}")
-
-    return draw
+        return False
+    return True
 
 
 def _check_baseline(blocks: Sequence[Any], asked: str | None, output: Output) -> None:
