@@ -16,7 +16,7 @@ from ltnorm.errors import LtnormError, NothingFound, UsageError
 from ltnorm.reporting import compare as comparing
 from ltnorm.reporting import export, labels, schema, sheets, views, wording
 from ltnorm.reporting.compare import Question
-from ltnorm.reporting.load import load
+from ltnorm.reporting.load import frame, load
 from ltnorm.reporting.schema import Run
 from ltnorm.resolve import Overrides
 
@@ -504,3 +504,12 @@ def test_classes_are_averaged_over_seeds_and_told_from_the_baseline(tmp_path):
     table, warnings = views.per_class(block)
     assert str(runs[4].directory) in warnings[0]
     assert table.accuracy["gn"][9].mean == pytest.approx(12)  # of seeds 0 and 2
+
+
+def test_the_runs_are_a_data_frame(tmp_path):
+    rows = [result(norm, seed=s, tail=s) for norm in ("bn", "gn") for s in range(2)]
+    made = [write_run(tmp_path, row) for row in rows]
+    runs = frame(tmp_path)
+    assert set(runs["directory"]) == {str(run.directory) for run in made}
+    assert runs.groupby("norm")["tail"].mean().to_dict() == {"bn": 0.5, "gn": 0.5}
+    assert runs["retrain"].isna().all()

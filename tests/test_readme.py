@@ -77,7 +77,9 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
             arguments += shlex.split(smaller)
         if verb == "bench":
             arguments += ["--batch-size", "4", "--rounds", "1"]
-        assert main([verb, *arguments]) == 0, f"{command}\n{capsys.readouterr().err}"
+        # Of the one seed that is trained here, no gate can be judged.
+        expected = (4,) if "--fail-" in command else (0,)
+        assert main([verb, *arguments]) in expected, f"{command}\n{capsys.readouterr().err}"
         capsys.readouterr()
 
 

@@ -1,11 +1,16 @@
 """The runs of a results tree: the finished ones to compare, and what has become of the others."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ltnorm.errors import LtnormError, NothingFound
 from ltnorm.reporting import labels, schema, state
 from ltnorm.reporting.schema import Run
+
+if TYPE_CHECKING:
+    import pandas
 
 
 def load(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -35,6 +40,20 @@ def load(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
         _nothing(paths, problems, warnings)
     warnings += [f"left out: {problem.message}" for problem in problems]
     return list(runs.values()), warnings
+
+
+def frame(*paths: Path | str) -> "pandas.DataFrame":
+    """The finished runs below folders as a data frame: the columns of result.csv, and `directory`.
+
+    Raises:
+        NothingFound: no finished run.
+        LtnormError: results were found, but none can be read.
+    """
+    import pandas  # half a second, which `compare` does without
+
+    runs, _ = load([Path(path) for path in paths])
+    rows = [dataclasses.asdict(run.result) | {"directory": str(run.directory)} for run in runs]
+    return pandas.DataFrame(rows)
 
 
 def _told_twice(run: Run, file: Path, runs: dict[tuple[str, str, int], Run]) -> list[str]:
