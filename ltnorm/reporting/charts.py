@@ -1,0 +1,373 @@
+"""The plots of the page: plain Vega-Lite specifications, drawn by the reader's browser."""
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+
+from ltnorm.reporting import labels, marks, statistics
+from ltnorm.reporting.compare import DEFAULT_METRICS, Block, Row
+from ltnorm.reporting.marks import Chart, Data, Spec
+from ltnorm.reporting.statistics import MIN_SEEDS
+from ltnorm.reporting.views import ClassTable, Pivot
+from ltnorm.reporting.wording import heading
+
+# More classes than that are drawn as means of neighbours in rank.
+MOST_CLASSES = 150
+MOST_EPOCHS = 200
+NAMED_CLASSES = 20  # classes with room for a place of each row beside the others
+
+
+def of_block(block: Block, classes: ClassTable | None) -> list[Chart]:
+    """All plots that the results of a block have numbers for."""
+    found = [_differences(block), _groups(block)]
+    if classes:
+        data, binned = _class_data(block, classes)
+        found.append(_class_accuracy(block, data, binned))
+        if classes.has_baseline and len(classes.accuracy) > 1:
+            found.append(_class_differences(block, data, binned))
+    found += [_head_against_tail(block), _loss(block)]
+    return [chart for chart in found if chart]
+
+
+def _differences(block: Block) -> Chart | None:
+    rows = [
+        [place, metric, delta.estimate.delta, delta.estimate.low, delta.estimate.high]
+        for place, row in enumerate(block.rows)
+        for metric in DEFAULT_METRICS
+        if (delta := row.deltas.get(metric))
+    ]
+    if not rows:
+        return None
+    data = marks.table(block, ["row", "group", "delta", "low", "high"], rows)
+    groups = list(dict.fromkeys(row[1] for row in rows))
+    tip = marks.tip(block, ["group"], delta="difference", low="from", high="to")
+    y = {"field": "group", "type": "nominal", "sort": None, "title": None}
+    base = {"y": y, "yOffset": marks.offset(block, block.others)}
+    x = marks.number("delta", f"points against {block.baseline}")
+    layers = [
+        marks.zero("x"),
+        marks.interval(block, {**base, "x": marks.at("low", x), "x2": {"field": "high"}}),
+        marks.points(block, {**base, "x": x, "tooltip": tip}),
+    ]
+    height = 40 + len(groups) * (len(block.others) * 15 + 12)
+    return Chart(
+        title=f"Differences to {block.baseline}",
+        caption="The differences of the table, in points, with their 95 % intervals over seeds.",
+        alternative=_told(block, "delta", data, "in points against the baseline"),
+        spec=marks.spec(layers, height),
+        data=data,
+    )
+
+
+def _groups(block: Block) -> Chart | None:
+    rows = []
+    for place, row in enumerate(block.rows):
+        for metric in DEFAULT_METRICS:
+            values = row.values(metric)
+            if values:
+                low, high = _mean_interval(values)
+                seeds = ", ".join(f"{value:.1f}" for value in values)
+                rows.append([place, metric, row.mean[metric], low, high, seeds])
+    if not rows:
+        return None
+    data = marks.table(block, ["row", "group", "mean", "low", "high", "seeds"], rows)
+    tip = marks.tip(block, ["group"], mean="mean in %", low="from", high="to", seeds="seeds")
+    x = {
+        "field": "group",
+        "type": "nominal",
+        "sort": None,
+        "title": None,
+        "axis": {"labelAngle": 0},
+    }
+    base = {"x": x, "xOffset": marks.offset(block, block.rows)}
+    y = marks.number("mean", "accuracy in %", zero=True, domainMin=0)
+    bar = {"mark": {"type": "bar", "opacity": 0.55}}
+    layers = [
+        {**bar, "encoding": {**base, "y": y, "color": marks.colour(block), "tooltip": tip}},
+        marks.interval(block, {**base, "y": marks.at("low", y), "y2": {"field": "high"}}),
+        marks.points(block, {**base, "y": y, "tooltip": tip}),
+    ]
+    return Chart(
+        title="Accuracy by group",
+        caption="Mean accuracy over the classes of each group, and over seeds, in %. Lines: 95 % t "
+        f"interval of the mean over seeds, from {MIN_SEEDS} seeds on.",
+        alternative=_told(block, "mean", data, "accuracy in %"),
+        spec=marks.spec(layers),
+        data=data,
+    )
+
+
+def _mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """The 95 % t interval of a mean over seeds."""
+    if len(values) < MIN_SEEDS:
+        return None, None
+    estimate = statistics.paired(values, [0.0] * len(values))
+    return estimate.low, estimate.high
+
+
+def _class_data(block: Block, table: ClassTable) -> tuple[Data, bool]:
+    """A record a row and class, from the largest class on; whether classes were put together."""
+    order = sorted(range(len(table.classes)), key=lambda i: -table.classes[i].train_images)
+    size = math.ceil(len(order) / MOST_CLASSES)
+    bins = [order[start : start + size] for start in range(0, len(order), size)]
+    names = _bin_names(table, bins)
+    rows = []
+    for place, row in enumerate(block.rows):
+        if row.label not in table.accuracy:
+            continue
+        for rank, (name, members) in enumerate(zip(names, bins, strict=True)):
+            accuracy = [table.accuracy[row.label][i] for i in members]
+            mean = _average(one.mean for one in accuracy)
+            # The spread of a mean over classes is not the mean of their spreads.
+            spread = accuracy[0].std if len(members) == 1 else None
+            images = _average(float(table.classes[i].train_images) for i in members)
+            compared = table.has_baseline and not row.is_baseline
+            delta = _average(table.delta(row.label, i) for i in members) if compared else None
+            known = mean is not None and spread is not None
+            low, high = (mean - spread, mean + spread) if known else (None, None)
+            rows.append([place, rank, name, images, mean, low, high, delta])
+    columns = ["row", "rank", "class", "images", "mean", "low", "high", "delta"]
+    return marks.table(block, columns, rows), size > 1
+
+
+def _bin_names(table: ClassTable, bins: Sequence[Sequence[int]]) -> list[str]:
+    if len(bins) < len(table.classes):
+        starts = [1 + sum(map(len, bins[:i])) for i in range(len(bins))]
+        return [f"ranks {s}–{s + len(b) - 1}" for s, b in zip(starts, bins, strict=True)]
+    names = [table.classes[place].name for [place] in bins]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{table.classes[place].label} {table.classes[place].name}" for [place] in bins]
+
+
+def _average(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def _class_accuracy(block: Block, data: Data, binned: bool) -> Chart:
+    images = [row[3] for row in data.rows]
+    x = marks.number("images", "training images of the class")
+    x["scale"] |= {"reverse": True, "nice": False, "padding": 10}
+    x["axis"] = {"grid": False}
+    if min(images) > 0 and max(images) > 3 * min(images):
+        x["title"] += ", logarithmic"
+        x["scale"] = {**x["scale"], "type": "log"}
+        del x["scale"]["zero"]
+    y = marks.number("mean", "accuracy in %", zero=True, domainMin=0)
+    tip = marks.tip(
+        block, ["class"], images="training images", mean="mean in %", low="from", high="to"
+    )
+    over = {"x": x, "color": marks.colour(block)}
+
+    def mean(field: str) -> Spec:
+        return {"aggregate": "mean", "field": field, "type": "quantitative", "title": y["title"]}
+
+    band = {
+        "transform": [marks.known("low")],
+        "mark": {"type": "area", "opacity": 0.15, "clip": True},
+    }
+    layers = [
+        {**band, "encoding": {**over, "y": mean("low"), "y2": mean("high")}},
+        {"mark": "line", "encoding": {**over, "y": mean("mean"), "strokeDash": marks.dash(block)}},
+        marks.points(block, {"x": x, "y": y, "tooltip": tip}),
+    ]
+    together = "Neighbours in rank are averaged. " if binned else ""
+    how = (
+        "One point a class and setting, the largest classes at the left; lines: mean over classes "
+        "of equal count; "
+    )
+    return Chart(
+        title="Accuracy by class and training images",
+        caption=f"{how}band: ± sample standard deviation over seeds. {together}".strip()
+        if not binned
+        else f"The largest classes at the left. {together}".strip(),
+        alternative=f"Accuracy of the classes, from {max(images):,.0f} training images down to "
+        f"{min(images):,.0f}, a line a setting: {', '.join(data.labels)}. The numbers are in the "
+        "table class by class.",
+        spec=marks.spec(layers),
+        data=data,
+    )
+
+
+def _class_differences(block: Block, data: Data, binned: bool) -> Chart:
+    ranks = len({row[1] for row in data.rows})
+    x: Spec = {"field": "class", "type": "ordinal", "sort": {"field": "rank", "op": "min"}}
+    x |= {"title": "classes, the largest at the left"}
+    x["axis"] = {"labelLimit": 90, "labelAngle": -45, "labelOverlap": True, "grid": False}
+    y = marks.number("delta", f"points against {block.baseline}")
+    tip = marks.tip(block, ["class"], images="training images", delta="difference")
+    base: Spec = {"x": x}
+    layers = [marks.zero("y")]
+    if ranks <= NAMED_CLASSES:
+        base["xOffset"] = marks.offset(block, block.others)
+        stem = {**base, "y": y, "y2": {"datum": 0}, "color": marks.colour(block)}
+        layers.append({"transform": [marks.known("delta")], "mark": "rule", "encoding": stem})
+    points = marks.points(block, {**base, "y": y, "tooltip": tip})
+    layers.append({**points, "transform": [marks.known("delta")]})
+    return Chart(
+        title=f"Differences to {block.baseline} by class",
+        caption="Difference of the mean accuracies over seeds, in points, without intervals."
+        + (" Neighbours in rank are averaged." if binned else ""),
+        alternative=f"How the classes differ from {block.baseline}, in points. The numbers are in "
+        "the table class by class.",
+        spec=marks.spec(layers),
+        data=data,
+    )
+
+
+def _head_against_tail(block: Block) -> Chart | None:
+    rows = []
+    for place, row in enumerate(block.rows):
+        head, tail = row.mean["head"], row.mean["tail"]
+        if head is not None and tail is not None:
+            spreads = [row.std["head"] or 0.0, row.std["tail"] or 0.0]
+            ends = [head - spreads[0], head + spreads[0], tail - spreads[1], tail + spreads[1]]
+            rows.append([place, head, tail, *ends])
+    if not rows:
+        return None
+    columns = ["row", "head", "tail", "head_low", "head_high", "tail_low", "tail_high"]
+    data = marks.table(block, columns, rows)
+    x, y = marks.number("head", "head accuracy in %"), marks.number("tail", "tail accuracy in %")
+    across = {"x": marks.at("head_low", x), "x2": {"field": "head_high"}, "y": y}
+    along = {"x": x, "y": marks.at("tail_low", y), "y2": {"field": "tail_high"}}
+    rules = [
+        {
+            "mark": {"type": "rule", "opacity": 0.6},
+            "encoding": {**ends, "color": marks.colour(block)},
+        }
+        for ends in (across, along)
+    ]
+    tip = marks.tip(block, [], head="head in %", tail="tail in %")
+    points = marks.points(block, {"x": x, "y": y, "tooltip": tip}, size=110)
+    return Chart(
+        title="Head against tail",
+        caption="Mean accuracies, one point a setting; lines: ± sample standard deviation over "
+        "seeds. Up is better for the tail, right for the head.",
+        alternative="; ".join(
+            f"{data.labels[row[0]]}: head {row[1]:.1f} %, tail {row[2]:.1f} %" for row in rows
+        ),
+        spec=marks.spec([*rules, points]),
+        data=data,
+    )
+
+
+def _loss(block: Block) -> Chart | None:
+    curves = {place: _curve(row) for place, row in enumerate(block.rows)}
+    last = max((epoch for curve in curves.values() for epoch in curve), default=0)
+    step = math.ceil(last / MOST_EPOCHS) or 1
+    rows = [
+        [place, epoch, loss]
+        for place, curve in curves.items()
+        for epoch, loss in curve.items()
+        if epoch % step == 0 or epoch in (1, max(curve))
+    ]
+    if last < 2:
+        return None
+    data = marks.table(block, ["row", "epoch", "loss"], rows)
+    over = {
+        "x": marks.number("epoch", "epoch"),
+        "y": marks.number("loss", "training loss", zero=True),
+    }
+    line = {**over, "color": marks.colour(block), "strokeDash": marks.dash(block)}
+    # Broad and unseen, so that a line need not be hit exactly.
+    tip = {
+        **over,
+        "detail": {"field": "row"},
+        "tooltip": marks.tip(block, ["epoch"], loss="loss:3"),
+    }
+    unseen = {"type": "point", "size": 60, "opacity": 0, "filled": True}
+    return Chart(
+        title="Training loss",
+        caption="Mean over seeds at each epoch. Losses of different kinds, weights or schedules "
+        "are not on one scale.",
+        alternative="; ".join(
+            f"{row.label}: {curves[place][max(curves[place])]:.3f} after the last epoch"
+            for place, row in enumerate(block.rows)
+            if curves[place]
+        ),
+        spec=marks.spec([{"mark": "line", "encoding": line}, {"mark": unseen, "encoding": tip}]),
+        data=data,
+    )
+
+
+def _curve(row: Row) -> dict[int, float]:
+    """The training loss by epoch, averaged over the seeds; only epochs that all of them have."""
+    seeds = []
+    for run in row.runs:
+        try:
+            with (run.directory / "epochs.csv").open(newline="", encoding="utf-8") as file:
+                cells = [(int(e["epoch"]), float(e["loss"])) for e in csv.DictReader(file)]
+        except (OSError, ValueError, KeyError, TypeError, csv.Error):
+            continue
+        seeds.append({epoch: loss for epoch, loss in cells if math.isfinite(loss)})
+    common = set.intersection(*map(set, seeds)) if seeds else set()
+    return {epoch: statistics.mean([one[epoch] for one in seeds]) for epoch in sorted(common)}
+
+
+def of_pivot(pivot: Pivot, key: str) -> list[Chart]:
+    """Each metric against the values of the other key, where these are numbers above 0."""
+    values = [labels.value(block.first, key) for block in pivot.blocks]
+    if len(values) < 2 or not all(isinstance(v, int | float) and v > 0 for v in values):
+        return []
+    block = _widest(pivot)
+    charts = [_against_key(pivot, block, key, values, metric) for metric in block.shown]
+    return [chart for chart in charts if chart]
+
+
+def _widest(pivot: Pivot) -> Block:
+    """A block that has the row of every label, for what the plots know of their rows."""
+    rows = {row.label: row for block in pivot.blocks for row in block.rows}
+    first = pivot.blocks[0]
+    return Block(**{**vars(first), "rows": tuple(rows[label] for label in pivot.labels)})
+
+
+def _against_key(
+    pivot: Pivot, block: Block, key: str, values: Sequence[float], metric: str
+) -> Chart | None:
+    rows = []
+    for value, part in zip(values, pivot.blocks, strict=True):
+        for place, label in enumerate(pivot.labels):
+            row = pivot.row(label, part)
+            if row and row.mean[metric] is not None:
+                ends = _mean_interval(row.values(metric) or ())
+                rows.append([place, value, row.mean[metric], *ends])
+    if len({row[1] for row in rows}) < 2:
+        return None
+    data = marks.table(block, ["row", "value", "mean", "low", "high"], rows)
+    short = key.rpartition(".")[2]
+    x = marks.number("value", f"{short}, logarithmic")
+    x["scale"] = {"type": "log", "padding": 12}
+    x["axis"] = {"values": sorted(set(values)), "format": "~g", "grid": False}
+    y = marks.number("mean", heading(metric))
+    tip = marks.tip(block, [], value=f"{short}:~g", mean="mean", low="from", high="to")
+    line = {"x": x, "y": y, "color": marks.colour(block), "strokeDash": marks.dash(block)}
+    ends = {"x": x, "y": marks.at("low", y), "y2": {"field": "high"}}
+    layers = [
+        {"mark": "line", "encoding": line},
+        marks.interval(block, ends),
+        marks.points(block, {"x": x, "y": y, "tooltip": tip}),
+    ]
+    return Chart(
+        title=f"{heading(metric)} against {short}",
+        caption=f"Mean over seeds; lines upright: its 95 % t interval, from {MIN_SEEDS} seeds on.",
+        alternative=f"{heading(metric)} at {short} {', '.join(f'{v:g}' for v in values)}, a line a "
+        f"setting: {', '.join(pivot.labels)}. The numbers are in the table above.",
+        spec=marks.spec(layers),
+        data=data,
+    )
+
+
+def rows_of(pivot: Pivot) -> Block:
+    """The block whose rows the plots of a pivot draw, for their key."""
+    return _widest(pivot)
+
+
+def _told(block: Block, field: str, data: Data, unit: str) -> str:
+    """All numbers of one column by row and group."""
+    place = data.columns.index(field)
+    parts = []
+    for i, label in enumerate(data.labels):
+        values = [f"{row[1]} {row[place]:.1f}" for row in data.rows if row[0] == i]
+        parts += [f"{label}: {', '.join(values)}"] if values else []
+    return f"{unit}; {'; '.join(parts)}"

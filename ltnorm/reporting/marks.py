@@ -1,0 +1,174 @@
+"""What the plots of the page are made of: styles of rows, data, and pieces of Vega-Lite.
+
+A setting is told by colour, dash and shape together, so that it can be told in grey too. Colours
+are variables of the page's style sheet: light, dark and print need no other drawing. Text of the
+results is in data and in the values of scales, never in an expression.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ltnorm.reporting.compare import Block, Row
+
+Spec = dict[str, Any]
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name: nothing is loaded from it
+
+# The baseline first, then the others in turn: no two of 7 * 4 * 5 rows look alike. The shapes are
+# SVG paths in a square of side 2, for the plots and for their keys.
+COLOURS = tuple(f"var(--series-{i})" for i in range(1, 7))
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [1, 3], [5, 2, 5, 6])
+SHAPES = (
+    "M0,-1A1,1,0,1,1,0,1A1,1,0,1,1,0,-1Z",
+    "M-.85,-.85H.85V.85H-.85Z",
+    "M0,-1.1L1,.8H-1Z",
+    "M0,-1.2L1,0L0,1.2L-1,0Z",
+    "M0,1.1L1,-.8H-1Z",
+)
+BASELINE = "var(--series-0)"
+
+
+@dataclass(frozen=True)
+class Data:
+    """A table of numbers for one plot or several.
+
+    Attributes:
+        labels: of the rows of the comparison; the column `row` has the place in them.
+        columns, rows: of the table.
+    """
+
+    labels: list[str]
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One plot.
+
+    Attributes:
+        title: what it shows.
+        caption: how to read it.
+        alternative: the same for those who do not see it.
+        spec: Vega-Lite, without its data.
+        data: what it draws; two plots may draw the same.
+    """
+
+    title: str
+    caption: str
+    alternative: str
+    spec: Spec
+    data: Data
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a row is drawn in every plot."""
+
+    colour: str
+    dash: list[int]
+    shape: str
+
+
+def styles(block: Block) -> dict[str, Style]:
+    """A style for the label of each row: neutral for the baseline, the others in turn."""
+    found = {}
+    turn = 0
+    for row in block.rows:
+        if row.is_baseline:
+            found[row.label] = Style(BASELINE, DASHES[0], SHAPES[0])
+            continue
+        turn += 1
+        dash, shape = DASHES[turn % len(DASHES)], SHAPES[turn % len(SHAPES)]
+        found[row.label] = Style(COLOURS[(turn - 1) % len(COLOURS)], dash, shape)
+    return found
+
+
+def spec(layers: list[Spec], height: int = 280) -> Spec:
+    """A plot as wide as its frame."""
+    return {"$schema": SCHEMA, "width": "container", "height": height, "layer": layers}
+
+
+def table(block: Block, columns: list[str], rows: list[list[Any]]) -> Data:
+    """The data of a plot; rows have their place in the block in the column `row`."""
+    return Data([row.label for row in block.rows], columns, [[*map(_short, r)] for r in rows])
+
+
+def _short(value: Any) -> Any:
+    """A number as exact as a plot can be; None if it is not finite."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def number(field: str, title: str, **scale: Any) -> Spec:
+    """A column of numbers on an axis; `scale` is Vega-Lite's."""
+    scale = {"zero": False, **scale}
+    return {"field": field, "type": "quantitative", "title": title, "scale": scale}
+
+
+def at(field: str, axis: Spec) -> Spec:
+    """Another column on the same axis."""
+    return {**axis, "field": field}
+
+
+def known(field: str) -> Spec:
+    """A transform that leaves out what is missing."""
+    return {"filter": {"field": field, "valid": True}}
+
+
+def by_row(block: Block, values: Sequence[Any]) -> Spec:
+    """A scale from the labels of the rows to `values`."""
+    domain = [row.label for row in block.rows]
+    scale = {"domain": domain, "range": list(values)}
+    return {"field": "row", "type": "nominal", "scale": scale, "legend": None}
+
+
+def colour(block: Block) -> Spec:
+    """The colour of each row."""
+    return by_row(block, [style.colour for style in styles(block).values()])
+
+
+def dash(block: Block) -> Spec:
+    """The dash of each row."""
+    return by_row(block, [style.dash for style in styles(block).values()])
+
+
+def offset(block: Block, rows: Sequence[Row]) -> Spec:
+    """Rows beside each other, in their order."""
+    return {"field": "row", "type": "nominal", "scale": {"domain": [row.label for row in rows]}}
+
+
+def points(block: Block, encoding: Spec, size: int = 45) -> Spec:
+    """A point a record, with the shape of its row."""
+    shape = by_row(block, [style.shape for style in styles(block).values()])
+    mark = {"type": "point", "filled": True, "opacity": 1, "size": size}
+    return {"mark": mark, "encoding": {**encoding, "color": colour(block), "shape": shape}}
+
+
+def interval(block: Block, encoding: Spec) -> Spec:
+    """A line from one end of an interval to the other, where there is one."""
+    mark = {"type": "rule", "strokeWidth": 1.5, "clip": True}
+    encoding = {**encoding, "color": colour(block)}
+    return {"transform": [known("low")], "mark": mark, "encoding": encoding}
+
+
+def zero(axis: str) -> Spec:
+    """A line where nothing differs."""
+    mark = {"type": "rule", "color": "var(--muted)", "strokeDash": [4, 3]}
+    return {"mark": mark, "encoding": {axis: {"datum": 0, "type": "quantitative"}}}
+
+
+def tip(block: Block, texts: Sequence[str], **numbers: str) -> list[Spec]:
+    """What is shown on hover: the row, texts, and numbers as `title` or `title:format`."""
+    fields: list[Spec] = [{"field": "row", "title": "setting"}]
+    fields += [{"field": text, "title": text} for text in texts]
+    for field, title in numbers.items():
+        name, _, form = title.partition(":")
+        shown: Spec = {"field": field, "title": name}
+        if field != "seeds":
+            usual = ",.0f" if field == "images" else "+.1f" if field == "delta" else ".1f"
+            shown |= {"type": "quantitative", "format": f".{form}f" if form.isdigit() else usual}
+        fields.append(shown | ({"format": form} if form and not form.isdigit() else {}))
+    return fields

@@ -1,0 +1,237 @@
+"""A comparison as one self-contained page: tables, plots, recipes, cost, environment.
+
+The page is a document that needs nothing from the network and is whole without its scripts: the
+tables are HTML. Scripts add sorting, filtering and the plots (Vega-Lite, from vl-convert-python).
+All text of results is escaped, and a content security policy lets only the page's own scripts
+run, by their hashes. The same results give the same page, byte for byte.
+"""
+
+import base64
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ltnorm.errors import UsageError
+from ltnorm.reporting import charts, labels, sections, views
+from ltnorm.reporting.compare import Block
+from ltnorm.reporting.marks import Chart, Data, styles
+from ltnorm.reporting.schema import check_file
+from ltnorm.reporting.wording import listed, outcome
+
+ENDINGS = (".html", ".htm")
+PIVOT = "dataset.ratio"
+# What a script of type JSON must not hold as it is: it could end the script.
+UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
+
+
+def check(path: Path) -> None:
+    """Check, before work starts, that a page can be written into a file.
+
+    Raises:
+        UsageError: another ending than .html or .htm, no vl-convert-python, or not writable.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise UsageError(f"--html {path} is no page", f"end it in {' or '.join(ENDINGS)}")
+    if importlib.util.find_spec("vl_convert") is None:
+        raise UsageError("--html needs vl-convert-python", 'pip install "ltnorm[plot]"')
+    check_file(path, "--html")
+
+
+def page(blocks: Sequence[Block]) -> str:
+    """The page of a comparison.
+
+    Args:
+        blocks: at least one; the files of their runs are read where they are there.
+    """
+    figures = Figures()
+    parts = [section(f"table-{i}", block, figures) for i, block in enumerate(blocks)]
+    parts += _crossed(blocks, figures)
+    body = "\n".join([_head(blocks), *parts, sections.STATISTICS])
+    scripts = [library(), _asset("report.js")] if figures.charts else [_asset("report.js")]
+    return _document(_title(blocks), body, figures.json(), scripts)
+
+
+@functools.cache
+def library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script; making it takes seconds."""
+    import vl_convert
+
+    script = vl_convert.javascript_bundle().replace("\r\n", "\n")
+    return script.replace("</script", r"<\/script").replace("<!--", r"<\!--")
+
+
+class Figures:
+    """The plots of a page, and their data once each."""
+
+    def __init__(self) -> None:
+        self.charts: list[dict[str, Any]] = []
+        self.data: dict[int, Data] = {}
+
+    def figure(self, chart: Chart, key: str) -> str:
+        """A place for a plot, with its title, its key and its text alternative."""
+        name = f"plot-{len(self.charts)}"
+        self.data.setdefault(id(chart.data), chart.data)
+        data = list(self.data).index(id(chart.data))
+        self.charts.append({"id": name, "data": data, "spec": chart.spec})
+        alternative = escape(f"{chart.title}: {chart.alternative}")
+        return (
+            f'<figure class="plot"><h4>{escape(chart.title)}</h4>{key}'
+            f'<div class="chart" id="{name}" role="img" aria-label="{alternative}">'
+            '<p class="absent">This plot needs JavaScript; its numbers are in the tables.</p></div>'
+            f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
+        )
+
+    def json(self) -> str:
+        """All plots and data as JSON that no text in it can end."""
+        data = [vars(one) for one in self.data.values()]
+        document = {"charts": self.charts, "data": data}
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.translate(UNSAFE)
+
+
+def section(name: str, block: Block, figures: Figures) -> str:
+    """All that is known of a block, from the comparison to the seeds."""
+    table, warnings = views.per_class(block)
+    plots = charts.of_block(block, table)
+    parts = [
+        f'<section id="{name}" aria-labelledby="{name}-title">',
+        f'<h2 id="{name}-title">{escape(block.title)}</h2>',
+        sections.comparison(block),
+        _plots(plots, block, figures),
+        "<h3>Details</h3>",
+        sections.classes(table, len(warnings)),
+        sections.recipes(block),
+        sections.cost(block),
+        sections.environment(block),
+        sections.seeds(block),
+        "</section>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _plots(plots: Sequence[Chart], block: Block, figures: Figures) -> str:
+    if not plots:
+        return ""
+    made = "\n".join(figures.figure(chart, _key(block, chart)) for chart in plots)
+    return f'<h3>Plots</h3>\n<div class="plots">\n{made}\n</div>'
+
+
+def _key(block: Block, chart: Chart) -> str:
+    """What colour, dash and shape mean, for the rows that a plot draws."""
+    place = chart.data.columns.index("row")
+    drawn = {chart.data.labels[row[place]] for row in chart.data.rows}
+    drawn -= {block.baseline} if "delta" in str(chart.spec) else set()
+    items = []
+    for label, style in styles(block).items():
+        if label not in drawn:
+            continue
+        dash = " ".join(map(str, style.dash))
+        swatch = (
+            '<svg viewBox="-15 -6 30 12" width="30" height="12" aria-hidden="true">'
+            f'<path d="M-15,0H15" stroke="{style.colour}" stroke-width="2" '
+            f'stroke-dasharray="{dash}"/>'
+            f'<path d="{style.shape}" transform="scale(4)" fill="{style.colour}"/></svg>'
+        )
+        items.append(f"<li>{swatch}{escape(label)}</li>")
+    return f'<ul class="key">{"".join(items)}</ul>'
+
+
+def _crossed(blocks: Sequence[Block], figures: Figures) -> list[str]:
+    """The same settings over the ratios, where blocks differ in it."""
+    by = blocks[0].by
+    if any(labels.within(PIVOT, (part,)) or labels.within(part, (PIVOT,)) for part in by):
+        return []
+    found = []
+    pivots = [one for one in views.pivot(blocks, PIVOT) if len(one.blocks) > 1]
+    for i, pivot in enumerate(pivots):
+        name = f"ratios-{i}"
+        widest = charts.rows_of(pivot)
+        made = [figures.figure(c, _key(widest, c)) for c in charts.of_pivot(pivot, PIVOT)]
+        found += [
+            f'<section id="{name}" aria-labelledby="{name}-title">',
+            f'<h2 id="{name}-title">Across ratios: {escape(pivot.title)}</h2>',
+            *sections.crossed(pivot),
+            f'<div class="plots">\n{"".join(made)}\n</div>' if made else "",
+            "</section>",
+        ]
+    return found
+
+
+def _title(blocks: Sequence[Block]) -> str:
+    by = [part.rpartition(".")[2] for part in blocks[0].by]
+    return "Normalization layers compared" if by == ["norm"] else f"Runs compared by {listed(by)}"
+
+
+def _head(blocks: Sequence[Block]) -> str:
+    """Title, what was compared, and the outcome of each block in a sentence."""
+    runs = [run.result for block in blocks for row in block.rows for run in row.runs]
+    sets = listed(list(dict.fromkeys(run.dataset for run in runs)))
+    newest = max(run.finished for run in runs)[:16].replace("T", " ")
+    what = f"{_count(len(runs), 'finished run')} on {sets}, in {_count(len(blocks), 'table')}"
+    items = [
+        f'<li><a href="#table-{i}">{escape(block.title)}</a><br>{escape(outcome(block))}</li>'
+        for i, block in enumerate(blocks)
+    ]
+    return "\n".join(
+        [
+            f"<h1>{escape(_title(blocks))}</h1>",
+            f'<p class="what">{escape(what)}. The newest run finished {escape(newest)}.</p>',
+            '<section aria-labelledby="outcome"><h2 id="outcome">Outcome</h2>',
+            f'<ul class="outcome">{"".join(items)}</ul></section>',
+        ]
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def _document(title: str, body: str, data: str, scripts: Sequence[str]) -> str:
+    style = _asset("report.css")
+    policy = [
+        "default-src 'none'",
+        f"script-src {' '.join(map(_hash, scripts))}",
+        f"style-src {_hash(style)}",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    made = "\n".join(f"<script>{script}</script>" for script in scripts)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{"; ".join(policy)}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="generator" content="ltnorm">
+<title>{escape(title)}</title>
+<style>{style}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the results</a>
+<main id="main" tabindex="-1">
+{body}
+</main>
+<p class="status" role="status" id="status"></p>
+<script type="application/json" id="plots">{data}</script>
+{made}
+</body>
+</html>
+"""
+
+
+def _hash(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def _asset(name: str) -> str:
+    folder = resources.files("ltnorm.reporting") / "assets"
+    return (folder / name).read_text(encoding="utf-8")
