@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ UV = shutil.which("uv")
 
 
 @pytest.mark.skipif(UV is None, reason="needs uv")
-def test_the_wheel_brings_its_recipes_and_published_numbers(tmp_path):
+def test_the_wheel_brings_what_is_no_code(tmp_path):
     def run(*command, cwd=tmp_path):
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -23,6 +24,8 @@ def test_the_wheel_brings_its_recipes_and_published_numbers(tmp_path):
 
     run(UV, "build", "--wheel", "--out-dir", str(tmp_path / "dist"), cwd=PROJECT)
     [wheel] = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"ltnorm/reporting/assets/report.{kind}" for kind in ("css", "js")} <= {*names}
     run(UV, "venv", "--python", sys.executable, "venv")
     python = str(tmp_path / "venv" / "bin" / "python")
     run(UV, "pip", "install", "--python", python, str(wheel))

@@ -80,7 +80,8 @@ def _groups(block: Block) -> Chart | None:
         "axis": {"labelAngle": 0},
     }
     base = {"x": x, "xOffset": marks.offset(block, block.rows)}
-    y = marks.number("mean", "accuracy in %", zero=True, domainMin=0)
+    highest = max(row[4] if row[4] is not None else row[2] for row in rows)
+    y = marks.number("mean", "accuracy in %", zero=True, domain=[0, _ten(highest)])
     bar = {"mark": {"type": "bar", "opacity": 0.55}}
     layers = [
         {**bar, "encoding": {**base, "y": y, "color": marks.colour(block), "tooltip": tip}},
@@ -95,6 +96,11 @@ def _groups(block: Block) -> Chart | None:
         spec=marks.spec(layers),
         data=data,
     )
+
+
+def _ten(highest: float) -> int:
+    """The end of an axis of percentages that shows `highest`."""
+    return min(100, max(10, 10 * math.ceil(highest / 10)))
 
 
 def _mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -154,7 +160,7 @@ def _class_accuracy(block: Block, data: Data, binned: bool) -> Chart:
         x["title"] += ", logarithmic"
         x["scale"] = {**x["scale"], "type": "log"}
         del x["scale"]["zero"]
-    y = marks.number("mean", "accuracy in %", zero=True, domainMin=0)
+    y = marks.number("mean", "accuracy in %", zero=True, domain=[0, 100])
     tip = marks.tip(
         block, ["class"], images="training images", mean="mean in %", low="from", high="to"
     )
@@ -223,12 +229,15 @@ def _head_against_tail(block: Block) -> Chart | None:
         if head is not None and tail is not None:
             spreads = [row.std["head"] or 0.0, row.std["tail"] or 0.0]
             ends = [head - spreads[0], head + spreads[0], tail - spreads[1], tail + spreads[1]]
-            rows.append([place, head, tail, *ends])
+            rows.append([place, head, tail, *(min(100.0, max(0.0, end)) for end in ends)])
     if not rows:
         return None
     columns = ["row", "head", "tail", "head_low", "head_high", "tail_low", "tail_high"]
     data = marks.table(block, columns, rows)
-    x, y = marks.number("head", "head accuracy in %"), marks.number("tail", "tail accuracy in %")
+    x, y = (
+        marks.number("head", "head accuracy in %", padding=10),
+        marks.number("tail", "tail accuracy in %", padding=10),
+    )
     across = {"x": marks.at("head_low", x), "x2": {"field": "head_high"}, "y": y}
     along = {"x": x, "y": marks.at("tail_low", y), "y2": {"field": "tail_high"}}
     rules = [
@@ -266,7 +275,7 @@ def _loss(block: Block) -> Chart | None:
         return None
     data = marks.table(block, ["row", "epoch", "loss"], rows)
     over = {
-        "x": marks.number("epoch", "epoch"),
+        "x": {**marks.number("epoch", "epoch"), "axis": {"tickMinStep": 1, "format": "d"}},
         "y": marks.number("loss", "training loss", zero=True),
     }
     line = {**over, "color": marks.colour(block), "strokeDash": marks.dash(block)}
@@ -340,7 +349,9 @@ def _against_key(
     x["scale"] = {"type": "log", "padding": 12}
     x["axis"] = {"values": sorted(set(values)), "format": "~g", "grid": False}
     y = marks.number("mean", heading(metric))
-    tip = marks.tip(block, [], value=f"{short}:~g", mean="mean", low="from", high="to")
+    digits = 3 if metric == "nll" else 1
+    ends = {"mean": f"mean:{digits}", "low": f"from:{digits}", "high": f"to:{digits}"}
+    tip = marks.tip(block, [], value=f"{short}:~g", **ends)
     line = {"x": x, "y": y, "color": marks.colour(block), "strokeDash": marks.dash(block)}
     ends = {"x": x, "y": marks.at("low", y), "y2": {"field": "high"}}
     layers = [

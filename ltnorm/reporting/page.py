@@ -26,6 +26,8 @@ from ltnorm.reporting.wording import listed, outcome
 
 ENDINGS = (".html", ".htm")
 PIVOT = "dataset.ratio"
+FOOTER = """<footer>Made with ltnorm. Plots by Vega, Vega-Lite and Vega-Embed (BSD 3-Clause License,
+University of Washington Interactive Data Lab and contributors).</footer>"""
 # What a script of type JSON must not hold as it is: it could end the script.
 UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
@@ -52,7 +54,7 @@ def page(blocks: Sequence[Block]) -> str:
     figures = Figures()
     parts = [section(f"table-{i}", block, figures) for i, block in enumerate(blocks)]
     parts += _crossed(blocks, figures)
-    body = "\n".join([_head(blocks), *parts, sections.STATISTICS])
+    body = "\n".join([_head(blocks), *parts, sections.STATISTICS, FOOTER])
     scripts = [library(), _asset("report.js")] if figures.charts else [_asset("report.js")]
     return _document(_title(blocks), body, figures.json(), scripts)
 
@@ -116,6 +118,7 @@ def section(name: str, block: Block, figures: Figures) -> str:
 
 
 def _plots(plots: Sequence[Chart], block: Block, figures: Figures) -> str:
+    """The plots of a block, each with its key."""
     if not plots:
         return ""
     made = "\n".join(figures.figure(chart, _key(block, chart)) for chart in plots)
@@ -151,13 +154,11 @@ def _crossed(blocks: Sequence[Block], figures: Figures) -> list[str]:
     pivots = [one for one in views.pivot(blocks, PIVOT) if len(one.blocks) > 1]
     for i, pivot in enumerate(pivots):
         name = f"ratios-{i}"
-        widest = charts.rows_of(pivot)
-        made = [figures.figure(c, _key(widest, c)) for c in charts.of_pivot(pivot, PIVOT)]
         found += [
             f'<section id="{name}" aria-labelledby="{name}-title">',
             f'<h2 id="{name}-title">Across ratios: {escape(pivot.title)}</h2>',
             *sections.crossed(pivot),
-            f'<div class="plots">\n{"".join(made)}\n</div>' if made else "",
+            _plots(charts.of_pivot(pivot, PIVOT), charts.rows_of(pivot), figures),
             "</section>",
         ]
     return found

@@ -2,6 +2,7 @@
 // Text is only ever set as text; nothing here reads HTML from data.
 "use strict";
 (() => {
+  const FEW = 3; // rows that are seen at once and need no filter
   const status = document.getElementById("status");
 
   function element(name, properties = {}, ...children) {
@@ -83,10 +84,11 @@
   }
 
   for (const table of document.querySelectorAll(".scroll > table")) {
-    const tools = element("div", { className: "tools" }, ...filterable(table));
+    const tools = element("div", { className: "tools" });
+    if (table.tBodies[0].rows.length > FEW) tools.append(...filterable(table));
     if ("columns" in table.dataset) tools.append(choosable(table));
+    if (tools.hasChildNodes()) table.parentNode.before(tools);
     sortable(table);
-    table.parentNode.before(tools);
   }
 
   // Plots: those in sight first, then one after the other.
@@ -115,7 +117,7 @@
 
   async function draw({ id, data: place, spec }) {
     const frame = document.getElementById(id);
-    const whole = { ...spec, data: { values: values(data[place]) }, description: frame.ariaLabel };
+    const whole = { ...spec, data: { values: values(data[place]) }, description: frame.getAttribute("aria-label") };
     try {
       await window.vegaEmbed(frame, whole, options);
     } catch (error) {
