@@ -178,10 +178,12 @@ def test_the_plots_are_json_that_keeps_every_text(tree):
     plots = json.loads(raw)
     cells = {str(cell) for data in plots["data"] for row in data["rows"] for cell in row}
     assert {f"0 {HOSTILE[0]}", f"3 {HOSTILE[3]}"} <= cells
-    assert len({json.dumps(one) for one in plots["data"]}) == len(plots["data"])
+    for kept in (plots["data"], plots["specs"]):
+        assert len({json.dumps(one) for one in kept}) == len(kept)
     for chart in plots["charts"]:
         table = plots["data"][chart["data"]]
-        fields = set(re.findall(r'"field": "(\w+)"', json.dumps(chart["spec"])))
+        spec = json.dumps(plots["specs"][chart["spec"]])
+        fields = set(re.findall(r'"field": "(\w+)"', spec))
         assert fields
         assert fields <= {*table["columns"]}
         assert all(len(row) == len(table["columns"]) for row in table["rows"])

@@ -53,7 +53,7 @@ def _differences(block: Block) -> Chart | None:
     return Chart(
         title=f"Differences to {block.baseline}",
         caption="The differences of the table, in points, with their 95 % intervals over seeds.",
-        alternative=_told(block, "delta", data, "in points against the baseline"),
+        alternative=_told("delta", data, "in points against the baseline"),
         spec=marks.spec(layers, height),
         data=data,
     )
@@ -92,7 +92,7 @@ def _groups(block: Block) -> Chart | None:
         title="Accuracy by group",
         caption="Mean accuracy over the classes of each group, and over seeds, in %. Lines: 95 % t "
         f"interval of the mean over seeds, from {MIN_SEEDS} seeds on.",
-        alternative=_told(block, "mean", data, "accuracy in %"),
+        alternative=_told("mean", data, "accuracy in %"),
         spec=marks.spec(layers),
         data=data,
     )
@@ -155,7 +155,7 @@ def _class_accuracy(block: Block, data: Data, binned: bool) -> Chart:
     images = [row[3] for row in data.rows]
     x = marks.number("images", "training images of the class")
     x["scale"] |= {"reverse": True, "nice": False, "padding": 10}
-    x["axis"] = {"grid": False}
+    x["axis"] = {"grid": False, "format": ",", "values": _marked(min(images), max(images))}
     if min(images) > 0 and max(images) > 3 * min(images):
         x["title"] += ", logarithmic"
         x["scale"] = {**x["scale"], "type": "log"}
@@ -196,6 +196,13 @@ def _class_accuracy(block: Block, data: Data, binned: bool) -> Chart:
     )
 
 
+def _marked(low: float, high: float) -> list[int]:
+    """1, 2 and 5 times the powers of ten from `low` to `high`, and both ends."""
+    steps = [n * 10**e for e in range(len(f"{high:.0f}")) for n in (1, 2, 5)]
+    inner = [n for n in steps if 1.2 * low < n < high / 1.2]
+    return [round(low), *inner, round(high)]
+
+
 def _class_differences(block: Block, data: Data, binned: bool) -> Chart:
     ranks = len({row[1] for row in data.rows})
     x: Spec = {"field": "class", "type": "ordinal", "sort": {"field": "rank", "op": "min"}}
@@ -219,6 +226,7 @@ def _class_differences(block: Block, data: Data, binned: bool) -> Chart:
         "the table class by class.",
         spec=marks.spec(layers),
         data=data,
+        unseen=frozenset([str(block.baseline)]),
     )
 
 
@@ -235,8 +243,8 @@ def _head_against_tail(block: Block) -> Chart | None:
     columns = ["row", "head", "tail", "head_low", "head_high", "tail_low", "tail_high"]
     data = marks.table(block, columns, rows)
     x, y = (
-        marks.number("head", "head accuracy in %", padding=10),
-        marks.number("tail", "tail accuracy in %", padding=10),
+        marks.number("head", "head accuracy in %", padding=10, nice=False),
+        marks.number("tail", "tail accuracy in %", padding=10, nice=False),
     )
     across = {"x": marks.at("head_low", x), "x2": {"field": "head_high"}, "y": y}
     along = {"x": x, "y": marks.at("tail_low", y), "y2": {"field": "tail_high"}}
@@ -275,7 +283,7 @@ def _loss(block: Block) -> Chart | None:
         return None
     data = marks.table(block, ["row", "epoch", "loss"], rows)
     over = {
-        "x": {**marks.number("epoch", "epoch"), "axis": {"tickMinStep": 1, "format": "d"}},
+        "x": {**marks.number("epoch", "epoch"), "axis": {"values": _epochs(last), "format": "d"}},
         "y": marks.number("loss", "training loss", zero=True),
     }
     line = {**over, "color": marks.colour(block), "strokeDash": marks.dash(block)}
@@ -298,6 +306,12 @@ def _loss(block: Block) -> Chart | None:
         spec=marks.spec([{"mark": "line", "encoding": line}, {"mark": unseen, "encoding": tip}]),
         data=data,
     )
+
+
+def _epochs(last: int) -> list[int]:
+    """At most ten epochs to write on an axis."""
+    step = next(n * 10**e for e in range(9) for n in (1, 2, 5) if last <= n * 10 ** (e + 1))
+    return [*range(step, last + 1, step)]
 
 
 def _curve(row: Row) -> dict[int, float]:
@@ -374,7 +388,7 @@ def rows_of(pivot: Pivot) -> Block:
     return _widest(pivot)
 
 
-def _told(block: Block, field: str, data: Data, unit: str) -> str:
+def _told(field: str, data: Data, unit: str) -> str:
     """All numbers of one column by row and group."""
     place = data.columns.index(field)
     parts = []

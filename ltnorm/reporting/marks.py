@@ -15,10 +15,10 @@ from ltnorm.reporting.compare import Block, Row
 Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name: nothing is loaded from it
 
-# The baseline first, then the others in turn: no two of 7 * 4 * 5 rows look alike. The shapes are
-# SVG paths in a square of side 2, for the plots and for their keys.
+# The others than the baseline take them in turn: no two of 210 rows look alike. The shapes are SVG
+# paths in a square of side 2, for the plots and for their keys.
 COLOURS = tuple(f"var(--series-{i})" for i in range(1, 7))
-DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [1, 3], [5, 2, 5, 6])
+DASHES = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3), (12, 4), (1, 3), (5, 2, 5, 6))
 SHAPES = (
     "M0,-1A1,1,0,1,1,0,1A1,1,0,1,1,0,-1Z",
     "M-.85,-.85H.85V.85H-.85Z",
@@ -53,6 +53,7 @@ class Chart:
         alternative: the same for those who do not see it.
         spec: Vega-Lite, without its data.
         data: what it draws; two plots may draw the same.
+        unseen: the labels of rows that the data has and the plot does not show.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Chart:
     alternative: str
     spec: Spec
     data: Data
+    unseen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Style:
     """How a row is drawn in every plot."""
 
     colour: str
-    dash: list[int]
+    dash: tuple[int, ...]
     shape: str
 
 

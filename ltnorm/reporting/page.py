@@ -20,7 +20,7 @@ from typing import Any
 from ltnorm.errors import UsageError
 from ltnorm.reporting import charts, labels, sections, views
 from ltnorm.reporting.compare import Block
-from ltnorm.reporting.marks import Chart, Data, styles
+from ltnorm.reporting.marks import Chart, Style, styles
 from ltnorm.reporting.schema import check_file
 from ltnorm.reporting.wording import listed, outcome
 
@@ -54,7 +54,7 @@ def page(blocks: Sequence[Block]) -> str:
     figures = Figures()
     parts = [section(f"table-{i}", block, figures) for i, block in enumerate(blocks)]
     parts += _crossed(blocks, figures)
-    body = "\n".join([_head(blocks), *parts, sections.STATISTICS, FOOTER])
+    body = "\n".join([figures.swatches(), _head(blocks), *parts, sections.STATISTICS, FOOTER])
     scripts = [library(), _asset("report.js")] if figures.charts else [_asset("report.js")]
     return _document(_title(blocks), body, figures.json(), scripts)
 
@@ -69,32 +69,63 @@ def library() -> str:
 
 
 class Figures:
-    """The plots of a page, and their data once each."""
+    """The plots of a page; what several of them share is kept once."""
 
     def __init__(self) -> None:
         self.charts: list[dict[str, Any]] = []
-        self.data: dict[int, Data] = {}
+        self.data: dict[str, int] = {}
+        self.specs: dict[str, int] = {}
+        self.styles: dict[Style, int] = {}
 
-    def figure(self, chart: Chart, key: str) -> str:
+    def figure(self, chart: Chart, block: Block) -> str:
         """A place for a plot, with its title, its key and its text alternative."""
         name = f"plot-{len(self.charts)}"
-        self.data.setdefault(id(chart.data), chart.data)
-        data = list(self.data).index(id(chart.data))
-        self.charts.append({"id": name, "data": data, "spec": chart.spec})
+        data, spec = (_safe_json(part) for part in (vars(chart.data), chart.spec))
+        places = {"data": _place(self.data, data), "spec": _place(self.specs, spec)}
+        self.charts.append({"id": name, **places})
         alternative = escape(f"{chart.title}: {chart.alternative}")
         return (
-            f'<figure class="plot"><h4>{escape(chart.title)}</h4>{key}'
+            f'<figure class="plot"><h4>{escape(chart.title)}</h4>{self._key(chart, block)}'
             f'<div class="chart" id="{name}" role="img" aria-label="{alternative}">'
             '<p class="absent">This plot needs JavaScript; its numbers are in the tables.</p></div>'
             f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
         )
 
+    def _key(self, chart: Chart, block: Block) -> str:
+        """What colour, dash and shape mean, for the rows that a plot draws."""
+        place = chart.data.columns.index("row")
+        drawn = {chart.data.labels[row[place]] for row in chart.data.rows} - chart.unseen
+        items = []
+        for label, style in styles(block).items():
+            if label in drawn:
+                swatch = f'<svg><use href="#style-{_place(self.styles, style)}"/></svg>'
+                items.append(f"<li>{swatch}{escape(label)}</li>")
+        return f'<ul class="key">{"".join(items)}</ul>'
+
+    def swatches(self) -> str:
+        """What the keys refer to."""
+        made = "".join(
+            f'<g id="style-{place}"><path d="M-15,0H15" stroke="{style.colour}" stroke-width="2" '
+            f'stroke-dasharray="{" ".join(map(str, style.dash))}"/>'
+            f'<path d="{style.shape}" transform="scale(4)" fill="{style.colour}"/></g>'
+            for style, place in self.styles.items()
+        )
+        return f'<svg class="swatches" aria-hidden="true"><defs>{made}</defs></svg>'
+
     def json(self) -> str:
-        """All plots and data as JSON that no text in it can end."""
-        data = [vars(one) for one in self.data.values()]
-        document = {"charts": self.charts, "data": data}
-        text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.translate(UNSAFE)
+        """All plots as JSON that no text in it can end."""
+        parts = [f'"{name}":[{",".join(getattr(self, name))}]' for name in ("data", "specs")]
+        return f'{{"charts":{_safe_json(self.charts)},{",".join(parts)}}}'
+
+
+def _place(kept: dict[Any, int], value: Any) -> int:
+    """The place of a value among those that are kept."""
+    return kept.setdefault(value, len(kept))
+
+
+def _safe_json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate(UNSAFE)
 
 
 def section(name: str, block: Block, figures: Figures) -> str:
@@ -121,28 +152,8 @@ def _plots(plots: Sequence[Chart], block: Block, figures: Figures) -> str:
     """The plots of a block, each with its key."""
     if not plots:
         return ""
-    made = "\n".join(figures.figure(chart, _key(block, chart)) for chart in plots)
+    made = "\n".join(figures.figure(chart, block) for chart in plots)
     return f'<h3>Plots</h3>\n<div class="plots">\n{made}\n</div>'
-
-
-def _key(block: Block, chart: Chart) -> str:
-    """What colour, dash and shape mean, for the rows that a plot draws."""
-    place = chart.data.columns.index("row")
-    drawn = {chart.data.labels[row[place]] for row in chart.data.rows}
-    drawn -= {block.baseline} if "delta" in str(chart.spec) else set()
-    items = []
-    for label, style in styles(block).items():
-        if label not in drawn:
-            continue
-        dash = " ".join(map(str, style.dash))
-        swatch = (
-            '<svg viewBox="-15 -6 30 12" width="30" height="12" aria-hidden="true">'
-            f'<path d="M-15,0H15" stroke="{style.colour}" stroke-width="2" '
-            f'stroke-dasharray="{dash}"/>'
-            f'<path d="{style.shape}" transform="scale(4)" fill="{style.colour}"/></svg>'
-        )
-        items.append(f"<li>{swatch}{escape(label)}</li>")
-    return f'<ul class="key">{"".join(items)}</ul>'
 
 
 def _crossed(blocks: Sequence[Block], figures: Figures) -> list[str]:

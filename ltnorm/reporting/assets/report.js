@@ -93,7 +93,7 @@
 
   // Plots: those in sight first, then one after the other.
 
-  const { charts, data } = JSON.parse(document.getElementById("plots").textContent);
+  const { charts, data, specs } = JSON.parse(document.getElementById("plots").textContent);
   const config = {
     background: null,
     font: "system-ui, sans-serif",
@@ -117,7 +117,8 @@
 
   async function draw({ id, data: place, spec }) {
     const frame = document.getElementById(id);
-    const whole = { ...spec, data: { values: values(data[place]) }, description: frame.getAttribute("aria-label") };
+    const description = frame.getAttribute("aria-label");
+    const whole = { ...specs[spec], data: { values: values(data[place]) }, description };
     try {
       await window.vegaEmbed(frame, whole, options);
     } catch (error) {
