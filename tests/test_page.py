@@ -291,7 +291,7 @@ def test_many_classes_are_drawn_as_means_of_neighbours(tmp_path):
     assert first[0][2:5] == ["ranks 1–7", 997.0, pytest.approx(90 - 80 * 3 / 1000 - 0.35, abs=1e-3)]
     assert first[-1][2] == "ranks 995–1000"
     text = page.page([block])
-    assert "Neighbours in rank are averaged." in text
+    assert "neighbours in rank are averaged." in text
     assert len(text) < 3_000_000
 
 
@@ -398,6 +398,21 @@ def test_the_page_loads_alone_and_silently(browser):
     asked = [m["params"] for m in sent if m["method"] == "Network.requestWillBeSent"]
     asked = [one["request"]["url"] for one in asked if one["documentURL"].startswith("file:")]
     assert [url.rpartition("/")[2] for url in asked] == ["report.html"]
+
+
+@needs_browser
+def test_plots_of_little_and_of_much_are_silent_too(browser, tmp_path):
+    few = [run_of(tmp_path / "few", norm, 0, tail=None) for norm in ("bn", "gn")]
+    many = [run_of(tmp_path / "many", n, 0, classes=[*range(400, 0, -2)]) for n in ("bn", "gn")]
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    for runs in (few, many):
+        (tmp_path / "page.html").write_text(page.page(compare(runs)), encoding="utf-8")
+        browser.get((tmp_path / "page.html").as_uri())
+        wait(lambda: browser.execute_script("return document.documentElement.dataset.plots"))
+        assert browser.get_log("browser") == []
+    browser.close()
+    browser.switch_to.window(first)
 
 
 @needs_browser

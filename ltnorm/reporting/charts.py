@@ -15,6 +15,7 @@ from ltnorm.reporting.wording import heading
 MOST_CLASSES = 150
 MOST_EPOCHS = 200
 NAMED_CLASSES = 20  # classes with room for a place of each row beside the others
+SMALL, LARGE = 20, 45  # areas of points
 
 
 def of_block(block: Block, classes: ClassTable | None) -> list[Chart]:
@@ -46,10 +47,10 @@ def _differences(block: Block) -> Chart | None:
     x = marks.number("delta", f"points against {block.baseline}")
     layers = [
         marks.zero("x"),
-        marks.interval(block, {**base, "x": marks.at("low", x), "x2": {"field": "high"}}),
+        *marks.interval(block, data, {**base, "x": marks.at("low", x), "x2": {"field": "high"}}),
         marks.points(block, {**base, "x": x, "tooltip": tip}),
     ]
-    height = 40 + len(groups) * (len(block.others) * 15 + 12)
+    height = 40 + len(groups) * (len(block.others) * 11 + 16)
     return Chart(
         title=f"Differences to {block.baseline}",
         caption="The differences of the table, in points, with their 95 % intervals over seeds.",
@@ -85,7 +86,7 @@ def _groups(block: Block) -> Chart | None:
     bar = {"mark": {"type": "bar", "opacity": 0.55}}
     layers = [
         {**bar, "encoding": {**base, "y": y, "color": marks.colour(block), "tooltip": tip}},
-        marks.interval(block, {**base, "y": marks.at("low", y), "y2": {"field": "high"}}),
+        *marks.interval(block, data, {**base, "y": marks.at("low", y), "y2": {"field": "high"}}),
         marks.points(block, {**base, "y": y, "tooltip": tip}),
     ]
     return Chart(
@@ -169,25 +170,22 @@ def _class_accuracy(block: Block, data: Data, binned: bool) -> Chart:
     def mean(field: str) -> Spec:
         return {"aggregate": "mean", "field": field, "type": "quantitative", "title": y["title"]}
 
-    band = {
-        "transform": [marks.known("low")],
-        "mark": {"type": "area", "opacity": 0.15, "clip": True},
-    }
-    layers = [
-        {**band, "encoding": {**over, "y": mean("low"), "y2": mean("high")}},
-        {"mark": "line", "encoding": {**over, "y": mean("mean"), "strokeDash": marks.dash(block)}},
-        marks.points(block, {"x": x, "y": y, "tooltip": tip}),
-    ]
-    together = "Neighbours in rank are averaged. " if binned else ""
-    how = (
-        "One point a class and setting, the largest classes at the left; lines: mean over classes "
-        "of equal count; "
-    )
+    layers = []
+    caption = "The largest classes at the left, a point a class and setting."
+    if binned:
+        caption = "The largest classes at the left; neighbours in rank are averaged."
+    if marks.has(data, "low"):
+        area = {"type": "area", "opacity": 0.15, "clip": True}
+        band = {**over, "y": mean("low"), "y2": mean("high")}
+        layers.append({"transform": [marks.known("low")], "mark": area, "encoding": band})
+        caption += " Band: ± sample standard deviation over seeds."
+    line = {**over, "y": mean("mean"), "strokeDash": marks.dash(block)}
+    layers.append({"mark": "line", "encoding": line})
+    size = SMALL if binned else LARGE
+    layers.append(marks.points(block, {"x": x, "y": y, "tooltip": tip}, size))
     return Chart(
         title="Accuracy by class and training images",
-        caption=f"{how}band: ± sample standard deviation over seeds. {together}".strip()
-        if not binned
-        else f"The largest classes at the left. {together}".strip(),
+        caption=caption,
         alternative=f"Accuracy of the classes, from {max(images):,.0f} training images down to "
         f"{min(images):,.0f}, a line a setting: {', '.join(data.labels)}. The numbers are in the "
         "table class by class.",
@@ -199,7 +197,7 @@ def _class_accuracy(block: Block, data: Data, binned: bool) -> Chart:
 def _marked(low: float, high: float) -> list[int]:
     """1, 2 and 5 times the powers of ten from `low` to `high`, and both ends."""
     steps = [n * 10**e for e in range(len(f"{high:.0f}")) for n in (1, 2, 5)]
-    inner = [n for n in steps if 1.2 * low < n < high / 1.2]
+    inner = [n for n in steps if 1.5 * low < n < high / 1.2]
     return [round(low), *inner, round(high)]
 
 
@@ -216,7 +214,8 @@ def _class_differences(block: Block, data: Data, binned: bool) -> Chart:
         base["xOffset"] = marks.offset(block, block.others)
         stem = {**base, "y": y, "y2": {"datum": 0}, "color": marks.colour(block)}
         layers.append({"transform": [marks.known("delta")], "mark": "rule", "encoding": stem})
-    points = marks.points(block, {**base, "y": y, "tooltip": tip})
+    size = LARGE if ranks <= NAMED_CLASSES else SMALL
+    points = marks.points(block, {**base, "y": y, "tooltip": tip}, size)
     layers.append({**points, "transform": [marks.known("delta")]})
     return Chart(
         title=f"Differences to {block.baseline} by class",
@@ -256,7 +255,7 @@ def _head_against_tail(block: Block) -> Chart | None:
         for ends in (across, along)
     ]
     tip = marks.tip(block, [], head="head in %", tail="tail in %")
-    points = marks.points(block, {"x": x, "y": y, "tooltip": tip}, size=110)
+    points = marks.points(block, {"x": x, "y": y, "tooltip": tip}, 110)
     return Chart(
         title="Head against tail",
         caption="Mean accuracies, one point a setting; lines: ± sample standard deviation over "
@@ -370,7 +369,7 @@ def _against_key(
     ends = {"x": x, "y": marks.at("low", y), "y2": {"field": "high"}}
     layers = [
         {"mark": "line", "encoding": line},
-        marks.interval(block, ends),
+        *marks.interval(block, data, ends),
         marks.points(block, {"x": x, "y": y, "tooltip": tip}),
     ]
     return Chart(

@@ -106,8 +106,8 @@ def _short(value: Any) -> Any:
 
 def number(field: str, title: str, **scale: Any) -> Spec:
     """A column of numbers on an axis; `scale` is Vega-Lite's."""
-    scale = {"zero": False, **scale}
-    return {"field": field, "type": "quantitative", "title": title, "scale": scale}
+    found = {"field": field, "type": "quantitative", "title": title}
+    return {**found, "scale": {"zero": False, **scale}, "axis": {"tickCount": 6}}
 
 
 def at(field: str, axis: Spec) -> Spec:
@@ -149,11 +149,19 @@ def points(block: Block, encoding: Spec, size: int = 45) -> Spec:
     return {"mark": mark, "encoding": {**encoding, "color": colour(block), "shape": shape}}
 
 
-def interval(block: Block, encoding: Spec) -> Spec:
-    """A line from one end of an interval to the other, where there is one."""
+def interval(block: Block, data: Data, encoding: Spec) -> list[Spec]:
+    """A line from `low` to `high` a record; no layer at all where no record has them."""
+    if not has(data, "low"):
+        return []
     mark = {"type": "rule", "strokeWidth": 1.5, "clip": True}
     encoding = {**encoding, "color": colour(block)}
-    return {"transform": [known("low")], "mark": mark, "encoding": encoding}
+    return [{"transform": [known("low")], "mark": mark, "encoding": encoding}]
+
+
+def has(data: Data, column: str) -> bool:
+    """Whether any record has a value in a column: a layer of nothing has no scale."""
+    place = data.columns.index(column)
+    return any(row[place] is not None for row in data.rows)
 
 
 def zero(axis: str) -> Spec:

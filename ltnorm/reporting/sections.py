@@ -170,6 +170,7 @@ def crossed(pivot: Pivot) -> list[str]:
             values = [row.mean[metric] if row else None for row in found]
             cells = [_number(v, t) for v, t in zip(values, texts[1:], strict=True)]
             rows.append([Cell(label), *cells])
+        made.append(f"<h3>{escape(heading(metric))}</h3>")
         made.append(table(sheet.title, sheet.headings, rows))
     against = pivot.blocks[0].baseline
     return [*made, _notes([f"In brackets: points against {against}."] if against else [])]

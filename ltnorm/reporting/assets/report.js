@@ -2,7 +2,7 @@
 // Text is only ever set as text; nothing here reads HTML from data.
 "use strict";
 (() => {
-  const FEW = 3; // rows that are seen at once and need no filter
+  const FEW = 8; // rows that are seen at once and need no filter
   const status = document.getElementById("status");
 
   function element(name, properties = {}, ...children) {
@@ -85,8 +85,9 @@
 
   for (const table of document.querySelectorAll(".scroll > table")) {
     const tools = element("div", { className: "tools" });
-    if (table.tBodies[0].rows.length > FEW) tools.append(...filterable(table));
-    if ("columns" in table.dataset) tools.append(choosable(table));
+    const main = "columns" in table.dataset;
+    if (main || table.tBodies[0].rows.length > FEW) tools.append(...filterable(table));
+    if (main) tools.append(choosable(table));
     if (tools.hasChildNodes()) table.parentNode.before(tools);
     sortable(table);
   }
