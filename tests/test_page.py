@@ -266,7 +266,7 @@ def test_one_seed_without_a_baseline_is_a_page_too(tmp_path):
 def test_plots_draw_what_the_tables_say(tmp_path):
     [block] = made(tmp_path, ratios=[100])
     table, _ = views.per_class(block)
-    drawn = {chart.title: chart for chart in charts.of_block(block, table)}
+    drawn = {chart.title: chart for chart in charts.of_block(block, marks.palette([block]), table)}
     compound = block.rows[3]
     delta = compound.deltas["tail"].estimate
     expected = [3, "tail", *(round(v, 4) for v in (delta.delta, delta.low, delta.high))]
@@ -285,7 +285,7 @@ def test_plots_draw_what_the_tables_say(tmp_path):
 def test_many_classes_are_drawn_as_means_of_neighbours(tmp_path):
     [block] = made(tmp_path, ratios=[100], seeds=2, classes=[*range(1000, 0, -1)])
     table, _ = views.per_class(block)
-    chart = charts.of_block(block, table)[2]
+    chart = charts.of_block(block, marks.palette([block]), table)[2]
     first = [row for row in chart.data.rows if row[0] == 0]
     assert len(first) <= charts.MOST_CLASSES
     assert first[0][2:5] == ["ranks 1–7", 997.0, pytest.approx(90 - 80 * 3 / 1000 - 0.35, abs=1e-3)]
@@ -299,10 +299,18 @@ def test_rows_differ_by_more_than_colour(tmp_path):
     [block] = made(tmp_path, ratios=[100], seeds=1)
     base = block.rows[0]
     rows = (base, *(dataclasses.replace(block.rows[1], label=f"r{i}") for i in range(60)))
-    found = marks.styles(dataclasses.replace(block, rows=rows))
+    found = marks.palette([dataclasses.replace(block, rows=rows)])
     assert len({(s.colour, str(s.dash), s.shape) for s in found.values()}) == 61
     assert len({(str(s.dash), s.shape) for s in [*found.values()][:35]}) == 35
     assert found[base.label].colour == marks.BASELINE
+
+
+def test_a_row_looks_the_same_in_every_table(tmp_path):
+    first, second = made(tmp_path, seeds=1)
+    fewer = dataclasses.replace(second, rows=second.rows[::3])
+    found = marks.palette([first, fewer])
+    assert marks.of_rows(fewer, found) == {label: found[label] for label in ("bn", "compound")}
+    assert found == marks.palette([first])
 
 
 def test_text_stands_out_in_light_and_dark():

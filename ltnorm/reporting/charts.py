@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ltnorm.reporting import labels, marks, statistics
 from ltnorm.reporting.compare import DEFAULT_METRICS, Block, Row
-from ltnorm.reporting.marks import Chart, Data, Spec
+from ltnorm.reporting.marks import Chart, Data, Spec, Styles
 from ltnorm.reporting.statistics import MIN_SEEDS
 from ltnorm.reporting.views import ClassTable, Pivot
 from ltnorm.reporting.wording import heading
@@ -18,19 +18,19 @@ NAMED_CLASSES = 20  # classes with room for a place of each row beside the other
 SMALL, LARGE = 20, 45  # areas of points
 
 
-def of_block(block: Block, classes: ClassTable | None) -> list[Chart]:
+def of_block(block: Block, styles: Styles, classes: ClassTable | None) -> list[Chart]:
     """All plots that the results of a block have numbers for."""
-    found = [_differences(block), _groups(block)]
+    found = [_differences(block, styles), _groups(block, styles)]
     if classes:
-        data, binned = _class_data(block, classes)
-        found.append(_class_accuracy(block, data, binned))
+        data, binned = _class_data(block, styles, classes)
+        found.append(_class_accuracy(styles, data, binned))
         if classes.has_baseline and len(classes.accuracy) > 1:
-            found.append(_class_differences(block, data, binned))
-    found += [_head_against_tail(block), _loss(block)]
+            found.append(_class_differences(block, styles, data, binned))
+    found += [_head_against_tail(block, styles), _loss(block, styles)]
     return [chart for chart in found if chart]
 
 
-def _differences(block: Block) -> Chart | None:
+def _differences(block: Block, styles: Styles) -> Chart | None:
     rows = [
         [place, metric, delta.estimate.delta, delta.estimate.low, delta.estimate.high]
         for place, row in enumerate(block.rows)
@@ -39,16 +39,16 @@ def _differences(block: Block) -> Chart | None:
     ]
     if not rows:
         return None
-    data = marks.table(block, ["row", "group", "delta", "low", "high"], rows)
+    data = marks.table(styles, ["row", "group", "delta", "low", "high"], rows)
     groups = list(dict.fromkeys(row[1] for row in rows))
-    tip = marks.tip(block, ["group"], delta="difference", low="from", high="to")
+    tip = marks.tip(["group"], delta="difference", low="from", high="to")
     y = {"field": "group", "type": "nominal", "sort": None, "title": None}
-    base = {"y": y, "yOffset": marks.offset(block, block.others)}
+    base = {"y": y, "yOffset": marks.offset(row.label for row in block.others)}
     x = marks.number("delta", f"points against {block.baseline}")
     layers = [
         marks.zero("x"),
-        *marks.interval(block, data, {**base, "x": marks.at("low", x), "x2": {"field": "high"}}),
-        marks.points(block, {**base, "x": x, "tooltip": tip}),
+        *marks.interval(styles, data, {**base, "x": marks.at("low", x), "x2": {"field": "high"}}),
+        marks.points(styles, {**base, "x": x, "tooltip": tip}),
     ]
     height = 40 + len(groups) * (len(block.others) * 11 + 16)
     return Chart(
@@ -60,7 +60,7 @@ def _differences(block: Block) -> Chart | None:
     )
 
 
-def _groups(block: Block) -> Chart | None:
+def _groups(block: Block, styles: Styles) -> Chart | None:
     rows = []
     for place, row in enumerate(block.rows):
         for metric in DEFAULT_METRICS:
@@ -71,8 +71,8 @@ def _groups(block: Block) -> Chart | None:
                 rows.append([place, metric, row.mean[metric], low, high, seeds])
     if not rows:
         return None
-    data = marks.table(block, ["row", "group", "mean", "low", "high", "seeds"], rows)
-    tip = marks.tip(block, ["group"], mean="mean in %", low="from", high="to", seeds="seeds")
+    data = marks.table(styles, ["row", "group", "mean", "low", "high", "seeds"], rows)
+    tip = marks.tip(["group"], mean="mean in %", low="from", high="to", seeds="seeds")
     x = {
         "field": "group",
         "type": "nominal",
@@ -80,14 +80,14 @@ def _groups(block: Block) -> Chart | None:
         "title": None,
         "axis": {"labelAngle": 0},
     }
-    base = {"x": x, "xOffset": marks.offset(block, block.rows)}
+    base = {"x": x, "xOffset": marks.offset(styles)}
     highest = max(row[4] if row[4] is not None else row[2] for row in rows)
     y = marks.number("mean", "accuracy in %", zero=True, domain=[0, _ten(highest)])
     bar = {"mark": {"type": "bar", "opacity": 0.55}}
     layers = [
-        {**bar, "encoding": {**base, "y": y, "color": marks.colour(block), "tooltip": tip}},
-        *marks.interval(block, data, {**base, "y": marks.at("low", y), "y2": {"field": "high"}}),
-        marks.points(block, {**base, "y": y, "tooltip": tip}),
+        {**bar, "encoding": {**base, "y": y, "color": marks.colour(styles), "tooltip": tip}},
+        *marks.interval(styles, data, {**base, "y": marks.at("low", y), "y2": {"field": "high"}}),
+        marks.points(styles, {**base, "y": y, "tooltip": tip}),
     ]
     return Chart(
         title="Accuracy by group",
@@ -112,7 +112,7 @@ def _mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]
     return estimate.low, estimate.high
 
 
-def _class_data(block: Block, table: ClassTable) -> tuple[Data, bool]:
+def _class_data(block: Block, styles: Styles, table: ClassTable) -> tuple[Data, bool]:
     """A record a row and class, from the largest class on; whether classes were put together."""
     order = sorted(range(len(table.classes)), key=lambda i: -table.classes[i].train_images)
     size = math.ceil(len(order) / MOST_CLASSES)
@@ -134,7 +134,7 @@ def _class_data(block: Block, table: ClassTable) -> tuple[Data, bool]:
             low, high = (mean - spread, mean + spread) if known else (None, None)
             rows.append([place, rank, name, images, mean, low, high, delta])
     columns = ["row", "rank", "class", "images", "mean", "low", "high", "delta"]
-    return marks.table(block, columns, rows), size > 1
+    return marks.table(styles, columns, rows), size > 1
 
 
 def _bin_names(table: ClassTable, bins: Sequence[Sequence[int]]) -> list[str]:
@@ -152,7 +152,7 @@ def _average(values: Iterable[float | None]) -> float | None:
     return statistics.mean(known) if known else None
 
 
-def _class_accuracy(block: Block, data: Data, binned: bool) -> Chart:
+def _class_accuracy(styles: Styles, data: Data, binned: bool) -> Chart:
     images = [row[3] for row in data.rows]
     x = marks.number("images", "training images of the class")
     x["scale"] |= {"reverse": True, "nice": False, "padding": 10}
@@ -162,10 +162,8 @@ def _class_accuracy(block: Block, data: Data, binned: bool) -> Chart:
         x["scale"] = {**x["scale"], "type": "log"}
         del x["scale"]["zero"]
     y = marks.number("mean", "accuracy in %", zero=True, domain=[0, 100])
-    tip = marks.tip(
-        block, ["class"], images="training images", mean="mean in %", low="from", high="to"
-    )
-    over = {"x": x, "color": marks.colour(block)}
+    tip = marks.tip(["class"], images="training images", mean="mean in %", low="from", high="to")
+    over = {"x": x, "color": marks.colour(styles)}
 
     def mean(field: str) -> Spec:
         return {"aggregate": "mean", "field": field, "type": "quantitative", "title": y["title"]}
@@ -179,10 +177,10 @@ def _class_accuracy(block: Block, data: Data, binned: bool) -> Chart:
         band = {**over, "y": mean("low"), "y2": mean("high")}
         layers.append({"transform": [marks.known("low")], "mark": area, "encoding": band})
         caption += " Band: ± sample standard deviation over seeds."
-    line = {**over, "y": mean("mean"), "strokeDash": marks.dash(block)}
+    line = {**over, "y": mean("mean"), "strokeDash": marks.dash(styles)}
     layers.append({"mark": "line", "encoding": line})
     size = SMALL if binned else LARGE
-    layers.append(marks.points(block, {"x": x, "y": y, "tooltip": tip}, size))
+    layers.append(marks.points(styles, {"x": x, "y": y, "tooltip": tip}, size))
     return Chart(
         title="Accuracy by class and training images",
         caption=caption,
@@ -201,21 +199,21 @@ def _marked(low: float, high: float) -> list[int]:
     return [round(low), *inner, round(high)]
 
 
-def _class_differences(block: Block, data: Data, binned: bool) -> Chart:
+def _class_differences(block: Block, styles: Styles, data: Data, binned: bool) -> Chart:
     ranks = len({row[1] for row in data.rows})
     x: Spec = {"field": "class", "type": "ordinal", "sort": {"field": "rank", "op": "min"}}
     x |= {"title": "classes, the largest at the left"}
     x["axis"] = {"labelLimit": 90, "labelAngle": -45, "labelOverlap": True, "grid": False}
     y = marks.number("delta", f"points against {block.baseline}")
-    tip = marks.tip(block, ["class"], images="training images", delta="difference")
+    tip = marks.tip(["class"], images="training images", delta="difference")
     base: Spec = {"x": x}
     layers = [marks.zero("y")]
     if ranks <= NAMED_CLASSES:
-        base["xOffset"] = marks.offset(block, block.others)
-        stem = {**base, "y": y, "y2": {"datum": 0}, "color": marks.colour(block)}
+        base["xOffset"] = marks.offset(row.label for row in block.others)
+        stem = {**base, "y": y, "y2": {"datum": 0}, "color": marks.colour(styles)}
         layers.append({"transform": [marks.known("delta")], "mark": "rule", "encoding": stem})
     size = LARGE if ranks <= NAMED_CLASSES else SMALL
-    points = marks.points(block, {**base, "y": y, "tooltip": tip}, size)
+    points = marks.points(styles, {**base, "y": y, "tooltip": tip}, size)
     layers.append({**points, "transform": [marks.known("delta")]})
     return Chart(
         title=f"Differences to {block.baseline} by class",
@@ -229,7 +227,7 @@ def _class_differences(block: Block, data: Data, binned: bool) -> Chart:
     )
 
 
-def _head_against_tail(block: Block) -> Chart | None:
+def _head_against_tail(block: Block, styles: Styles) -> Chart | None:
     rows = []
     for place, row in enumerate(block.rows):
         head, tail = row.mean["head"], row.mean["tail"]
@@ -240,7 +238,7 @@ def _head_against_tail(block: Block) -> Chart | None:
     if not rows:
         return None
     columns = ["row", "head", "tail", "head_low", "head_high", "tail_low", "tail_high"]
-    data = marks.table(block, columns, rows)
+    data = marks.table(styles, columns, rows)
     x, y = (
         marks.number("head", "head accuracy in %", padding=10, nice=False),
         marks.number("tail", "tail accuracy in %", padding=10, nice=False),
@@ -250,12 +248,12 @@ def _head_against_tail(block: Block) -> Chart | None:
     rules = [
         {
             "mark": {"type": "rule", "opacity": 0.6},
-            "encoding": {**ends, "color": marks.colour(block)},
+            "encoding": {**ends, "color": marks.colour(styles)},
         }
         for ends in (across, along)
     ]
-    tip = marks.tip(block, [], head="head in %", tail="tail in %")
-    points = marks.points(block, {"x": x, "y": y, "tooltip": tip}, 110)
+    tip = marks.tip([], head="head in %", tail="tail in %")
+    points = marks.points(styles, {"x": x, "y": y, "tooltip": tip}, 110)
     return Chart(
         title="Head against tail",
         caption="Mean accuracies, one point a setting; lines: ± sample standard deviation over "
@@ -268,7 +266,7 @@ def _head_against_tail(block: Block) -> Chart | None:
     )
 
 
-def _loss(block: Block) -> Chart | None:
+def _loss(block: Block, styles: Styles) -> Chart | None:
     curves = {place: _curve(row) for place, row in enumerate(block.rows)}
     last = max((epoch for curve in curves.values() for epoch in curve), default=0)
     step = math.ceil(last / MOST_EPOCHS) or 1
@@ -280,17 +278,17 @@ def _loss(block: Block) -> Chart | None:
     ]
     if last < 2:
         return None
-    data = marks.table(block, ["row", "epoch", "loss"], rows)
+    data = marks.table(styles, ["row", "epoch", "loss"], rows)
     over = {
         "x": {**marks.number("epoch", "epoch"), "axis": {"values": _epochs(last), "format": "d"}},
         "y": marks.number("loss", "training loss", zero=True),
     }
-    line = {**over, "color": marks.colour(block), "strokeDash": marks.dash(block)}
+    line = {**over, "color": marks.colour(styles), "strokeDash": marks.dash(styles)}
     # Broad and unseen, so that a line need not be hit exactly.
     tip = {
         **over,
         "detail": {"field": "row"},
-        "tooltip": marks.tip(block, ["epoch"], loss="loss:3"),
+        "tooltip": marks.tip(["epoch"], loss="loss:3"),
     }
     unseen = {"type": "point", "size": 60, "opacity": 0, "filled": True}
     return Chart(
@@ -327,25 +325,18 @@ def _curve(row: Row) -> dict[int, float]:
     return {epoch: statistics.mean([one[epoch] for one in seeds]) for epoch in sorted(common)}
 
 
-def of_pivot(pivot: Pivot, key: str) -> list[Chart]:
+def of_pivot(pivot: Pivot, styles: Styles, key: str) -> list[Chart]:
     """Each metric against the values of the other key, where these are numbers above 0."""
     values = [labels.value(block.first, key) for block in pivot.blocks]
-    if len(values) < 2 or not all(isinstance(v, int | float) and v > 0 for v in values):
+    if not all(isinstance(value, int | float) and value > 0 for value in values):
         return []
-    block = _widest(pivot)
-    charts = [_against_key(pivot, block, key, values, metric) for metric in block.shown]
-    return [chart for chart in charts if chart]
-
-
-def _widest(pivot: Pivot) -> Block:
-    """A block that has the row of every label, for what the plots know of their rows."""
-    rows = {row.label: row for block in pivot.blocks for row in block.rows}
-    first = pivot.blocks[0]
-    return Block(**{**vars(first), "rows": tuple(rows[label] for label in pivot.labels)})
+    shown = pivot.blocks[0].shown
+    found = [_against_key(pivot, styles, key, values, metric) for metric in shown]
+    return [chart for chart in found if chart]
 
 
 def _against_key(
-    pivot: Pivot, block: Block, key: str, values: Sequence[float], metric: str
+    pivot: Pivot, styles: Styles, key: str, values: Sequence[float], metric: str
 ) -> Chart | None:
     rows = []
     for value, part in zip(values, pivot.blocks, strict=True):
@@ -356,7 +347,7 @@ def _against_key(
                 rows.append([place, value, row.mean[metric], *ends])
     if len({row[1] for row in rows}) < 2:
         return None
-    data = marks.table(block, ["row", "value", "mean", "low", "high"], rows)
+    data = marks.table(styles, ["row", "value", "mean", "low", "high"], rows)
     short = key.rpartition(".")[2]
     x = marks.number("value", f"{short}, logarithmic")
     x["scale"] = {"type": "log", "padding": 12}
@@ -364,13 +355,13 @@ def _against_key(
     y = marks.number("mean", heading(metric))
     digits = 3 if metric == "nll" else 1
     ends = {"mean": f"mean:{digits}", "low": f"from:{digits}", "high": f"to:{digits}"}
-    tip = marks.tip(block, [], value=f"{short}:~g", **ends)
-    line = {"x": x, "y": y, "color": marks.colour(block), "strokeDash": marks.dash(block)}
+    tip = marks.tip([], value=f"{short}:~g", **ends)
+    line = {"x": x, "y": y, "color": marks.colour(styles), "strokeDash": marks.dash(styles)}
     ends = {"x": x, "y": marks.at("low", y), "y2": {"field": "high"}}
     layers = [
         {"mark": "line", "encoding": line},
-        *marks.interval(block, data, ends),
-        marks.points(block, {"x": x, "y": y, "tooltip": tip}),
+        *marks.interval(styles, data, ends),
+        marks.points(styles, {"x": x, "y": y, "tooltip": tip}),
     ]
     return Chart(
         title=f"{heading(metric)} against {short}",
@@ -380,11 +371,6 @@ def _against_key(
         spec=marks.spec(layers),
         data=data,
     )
-
-
-def rows_of(pivot: Pivot) -> Block:
-    """The block whose rows the plots of a pivot draw, for their key."""
-    return _widest(pivot)
 
 
 def _told(field: str, data: Data, unit: str) -> str:

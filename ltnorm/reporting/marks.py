@@ -6,11 +6,11 @@ results is in data and in the values of scales, never in an expression.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltnorm.reporting.compare import Block, Row
+from ltnorm.reporting.compare import Block
 
 Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name: nothing is loaded from it
@@ -73,18 +73,23 @@ class Style:
     shape: str
 
 
-def styles(block: Block) -> dict[str, Style]:
-    """A style for the label of each row: neutral for the baseline, the others in turn."""
-    found = {}
-    turn = 0
-    for row in block.rows:
-        if row.is_baseline:
-            found[row.label] = Style(BASELINE, DASHES[0], SHAPES[0])
-            continue
-        turn += 1
+Styles = Mapping[str, Style]  # by the labels of rows, in their order
+
+
+def palette(blocks: Sequence[Block]) -> dict[str, Style]:
+    """A style for each label, the same in all blocks: neutral for the baseline, others in turn."""
+    named = list(dict.fromkeys(row.label for block in blocks for row in block.rows))
+    neutral = next((block.baseline for block in blocks if block.baseline), None)
+    found = {neutral: Style(BASELINE, DASHES[0], SHAPES[0])} if neutral else {}
+    for turn, label in enumerate((label for label in named if label != neutral), start=1):
         dash, shape = DASHES[turn % len(DASHES)], SHAPES[turn % len(SHAPES)]
-        found[row.label] = Style(COLOURS[(turn - 1) % len(COLOURS)], dash, shape)
-    return found
+        found[label] = Style(COLOURS[(turn - 1) % len(COLOURS)], dash, shape)
+    return {label: found[label] for label in named}
+
+
+def of_rows(block: Block, everywhere: Styles) -> dict[str, Style]:
+    """The styles of the rows of a block."""
+    return {row.label: everywhere[row.label] for row in block.rows}
 
 
 def spec(layers: list[Spec], height: int = 280) -> Spec:
@@ -92,9 +97,9 @@ def spec(layers: list[Spec], height: int = 280) -> Spec:
     return {"$schema": SCHEMA, "width": "container", "height": height, "layer": layers}
 
 
-def table(block: Block, columns: list[str], rows: list[list[Any]]) -> Data:
+def table(styles: Styles, columns: list[str], rows: list[list[Any]]) -> Data:
     """The data of a plot; rows have their place in the block in the column `row`."""
-    return Data([row.label for row in block.rows], columns, [[*map(_short, r)] for r in rows])
+    return Data([*styles], columns, [[*map(_short, r)] for r in rows])
 
 
 def _short(value: Any) -> Any:
@@ -120,41 +125,40 @@ def known(field: str) -> Spec:
     return {"filter": {"field": field, "valid": True}}
 
 
-def by_row(block: Block, values: Sequence[Any]) -> Spec:
+def by_row(styles: Styles, values: Sequence[Any]) -> Spec:
     """A scale from the labels of the rows to `values`."""
-    domain = [row.label for row in block.rows]
-    scale = {"domain": domain, "range": list(values)}
+    scale = {"domain": [*styles], "range": list(values)}
     return {"field": "row", "type": "nominal", "scale": scale, "legend": None}
 
 
-def colour(block: Block) -> Spec:
+def colour(styles: Styles) -> Spec:
     """The colour of each row."""
-    return by_row(block, [style.colour for style in styles(block).values()])
+    return by_row(styles, [style.colour for style in styles.values()])
 
 
-def dash(block: Block) -> Spec:
+def dash(styles: Styles) -> Spec:
     """The dash of each row."""
-    return by_row(block, [style.dash for style in styles(block).values()])
+    return by_row(styles, [style.dash for style in styles.values()])
 
 
-def offset(block: Block, rows: Sequence[Row]) -> Spec:
+def offset(labels: Iterable[str]) -> Spec:
     """Rows beside each other, in their order."""
-    return {"field": "row", "type": "nominal", "scale": {"domain": [row.label for row in rows]}}
+    return {"field": "row", "type": "nominal", "scale": {"domain": [*labels]}}
 
 
-def points(block: Block, encoding: Spec, size: int = 45) -> Spec:
+def points(styles: Styles, encoding: Spec, size: int = 45) -> Spec:
     """A point a record, with the shape of its row."""
-    shape = by_row(block, [style.shape for style in styles(block).values()])
+    shape = by_row(styles, [style.shape for style in styles.values()])
     mark = {"type": "point", "filled": True, "opacity": 1, "size": size}
-    return {"mark": mark, "encoding": {**encoding, "color": colour(block), "shape": shape}}
+    return {"mark": mark, "encoding": {**encoding, "color": colour(styles), "shape": shape}}
 
 
-def interval(block: Block, data: Data, encoding: Spec) -> list[Spec]:
+def interval(styles: Styles, data: Data, encoding: Spec) -> list[Spec]:
     """A line from `low` to `high` a record; no layer at all where no record has them."""
     if not has(data, "low"):
         return []
     mark = {"type": "rule", "strokeWidth": 1.5, "clip": True}
-    encoding = {**encoding, "color": colour(block)}
+    encoding = {**encoding, "color": colour(styles)}
     return [{"transform": [known("low")], "mark": mark, "encoding": encoding}]
 
 
@@ -170,7 +174,7 @@ def zero(axis: str) -> Spec:
     return {"mark": mark, "encoding": {axis: {"datum": 0, "type": "quantitative"}}}
 
 
-def tip(block: Block, texts: Sequence[str], **numbers: str) -> list[Spec]:
+def tip(texts: Sequence[str], **numbers: str) -> list[Spec]:
     """What is shown on hover: the row, texts, and numbers as `title` or `title:format`."""
     fields: list[Spec] = [{"field": "row", "title": "setting"}]
     fields += [{"field": text, "title": text} for text in texts]

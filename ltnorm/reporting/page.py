@@ -20,7 +20,7 @@ from typing import Any
 from ltnorm.errors import UsageError
 from ltnorm.reporting import charts, labels, sections, views
 from ltnorm.reporting.compare import Block
-from ltnorm.reporting.marks import Chart, Style, styles
+from ltnorm.reporting.marks import Chart, Style, Styles, of_rows, palette
 from ltnorm.reporting.schema import check_file
 from ltnorm.reporting.wording import listed, outcome
 
@@ -51,7 +51,7 @@ def page(blocks: Sequence[Block]) -> str:
     Args:
         blocks: at least one; the files of their runs are read where they are there.
     """
-    figures = Figures()
+    figures = Figures(palette(blocks))
     parts = [section(f"table-{i}", block, figures) for i, block in enumerate(blocks)]
     parts += _crossed(blocks, figures)
     body = "\n".join([figures.swatches(), _head(blocks), *parts, sections.STATISTICS, FOOTER])
@@ -71,13 +71,14 @@ def library() -> str:
 class Figures:
     """The plots of a page; what several of them share is kept once."""
 
-    def __init__(self) -> None:
+    def __init__(self, styles: Styles) -> None:
+        self.looks = styles
         self.charts: list[dict[str, Any]] = []
         self.data: dict[str, int] = {}
         self.specs: dict[str, int] = {}
         self.styles: dict[Style, int] = {}
 
-    def figure(self, chart: Chart, block: Block) -> str:
+    def figure(self, chart: Chart) -> str:
         """A place for a plot, with its title, its key and its text alternative."""
         name = f"plot-{len(self.charts)}"
         data, spec = (_safe_json(part) for part in (vars(chart.data), chart.spec))
@@ -85,20 +86,21 @@ class Figures:
         self.charts.append({"id": name, **places})
         alternative = escape(f"{chart.title}: {chart.alternative}")
         return (
-            f'<figure class="plot"><h4>{escape(chart.title)}</h4>{self._key(chart, block)}'
+            f'<figure class="plot"><h4>{escape(chart.title)}</h4>{self._key(chart)}'
             f'<div class="chart" id="{name}" role="img" aria-label="{alternative}">'
             '<p class="absent">This plot needs JavaScript; its numbers are in the tables.</p></div>'
             f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
         )
 
-    def _key(self, chart: Chart, block: Block) -> str:
+    def _key(self, chart: Chart) -> str:
         """What colour, dash and shape mean, for the rows that a plot draws."""
-        place = chart.data.columns.index("row")
-        drawn = {chart.data.labels[row[place]] for row in chart.data.rows} - chart.unseen
+        column = chart.data.columns.index("row")
+        drawn = {chart.data.labels[row[column]] for row in chart.data.rows} - chart.unseen
         items = []
-        for label, style in styles(block).items():
+        for label in chart.data.labels:
             if label in drawn:
-                swatch = f'<svg><use href="#style-{_place(self.styles, style)}"/></svg>'
+                place = _place(self.styles, self.looks[label])
+                swatch = f'<svg><use href="#style-{place}"/></svg>'
                 items.append(f"<li>{swatch}{escape(label)}</li>")
         return f'<ul class="key">{"".join(items)}</ul>'
 
@@ -131,12 +133,12 @@ def _safe_json(value: Any) -> str:
 def section(name: str, block: Block, figures: Figures) -> str:
     """All that is known of a block, from the comparison to the seeds."""
     table, warnings = views.per_class(block)
-    plots = charts.of_block(block, table)
+    plots = charts.of_block(block, of_rows(block, figures.looks), table)
     parts = [
         f'<section id="{name}" aria-labelledby="{name}-title">',
         f'<h2 id="{name}-title">{escape(block.title)}</h2>',
         sections.comparison(block),
-        _plots(plots, block, figures),
+        _plots(plots, figures),
         "<h3>Details</h3>",
         sections.classes(table, len(warnings)),
         sections.recipes(block),
@@ -148,11 +150,11 @@ def section(name: str, block: Block, figures: Figures) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _plots(plots: Sequence[Chart], block: Block, figures: Figures) -> str:
+def _plots(plots: Sequence[Chart], figures: Figures) -> str:
     """The plots of a block, each with its key."""
     if not plots:
         return ""
-    made = "\n".join(figures.figure(chart, block) for chart in plots)
+    made = "\n".join(figures.figure(chart) for chart in plots)
     return f'<h3>Plots</h3>\n<div class="plots">\n{made}\n</div>'
 
 
@@ -165,11 +167,12 @@ def _crossed(blocks: Sequence[Block], figures: Figures) -> list[str]:
     pivots = [one for one in views.pivot(blocks, PIVOT) if len(one.blocks) > 1]
     for i, pivot in enumerate(pivots):
         name = f"ratios-{i}"
+        styles = {label: figures.looks[label] for label in pivot.labels}
         found += [
             f'<section id="{name}" aria-labelledby="{name}-title">',
             f'<h2 id="{name}-title">Across ratios: {escape(pivot.title)}</h2>',
             *sections.crossed(pivot),
-            _plots(charts.of_pivot(pivot, PIVOT), charts.rows_of(pivot), figures),
+            _plots(charts.of_pivot(pivot, styles, PIVOT), figures),
             "</section>",
         ]
     return found
