@@ -232,6 +232,16 @@ def test_cells_are_sorted_by_all_their_digits_and_missing_ones_are_marked(tmp_pa
     assert "nan" not in re.findall(r'data-sort="(.*?)"', text)
 
 
+def test_intervals_over_images_are_sorted_by_their_lower_end(tmp_path):
+    [block] = made(tmp_path, ratios=[100])
+    rows = []
+    for row in block.rows:
+        tail = {k: dataclasses.replace(d, images=(-1.25, 2.5)) for k, d in row.deltas.items()}
+        rows.append(dataclasses.replace(row, deltas=tail))
+    text = page.page([dataclasses.replace(block, rows=tuple(rows))])
+    assert text.count('data-sort="-1.25">{-1.2, +2.5}') == 2 * 3
+
+
 def test_recipes_cost_environment_and_each_seed_are_told(tree, text):
     captions = re.findall(r"<caption>(.*?)</caption>", text)
     kinds = [caption.split(":")[0] for caption in captions]
@@ -261,6 +271,15 @@ def test_one_seed_without_a_baseline_is_a_page_too(tmp_path):
     runs = [run_of(tmp_path, norm, 0, head=None, tail=None) for norm in ("gn", "split")]
     titles = re.findall("<h4>(.*?)</h4>", page.page(compare(runs)))
     assert titles == ["Accuracy by group", "Accuracy by class and training images", "Training loss"]
+
+
+def test_rows_of_different_images_have_no_one_count_a_class(tmp_path):
+    runs = [run_of(tmp_path, "bn", seed, ratio) for ratio in (10, 100) for seed in (0, 1)]
+    [block] = compare(runs, Question(by=("dataset.ratio",)))
+    text = page.page([block])
+    assert "Runs compared by ratio" in text
+    assert "Accuracy by class" not in text
+    assert f"Images and groups are those of {block.rows[0].label}." in text
 
 
 def test_plots_draw_what_the_tables_say(tmp_path):

@@ -21,7 +21,8 @@ SMALL, LARGE = 20, 45  # areas of points
 def of_block(block: Block, styles: Styles, classes: ClassTable | None) -> list[Chart]:
     """All plots that the results of a block have numbers for."""
     found = [_differences(block, styles), _groups(block, styles)]
-    if classes:
+    # Where rows differ in their images, a class has no one count.
+    if classes and len({row.first.index_sha256 for row in block.rows}) == 1:
         data, binned = _class_data(block, styles, classes)
         found.append(_class_accuracy(styles, data, binned))
         if classes.has_baseline and len(classes.accuracy) > 1:

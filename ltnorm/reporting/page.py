@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
@@ -65,14 +66,14 @@ def library() -> str:
     import vl_convert
 
     script = vl_convert.javascript_bundle().replace("\r\n", "\n")
-    return script.replace("</script", r"<\/script").replace("<!--", r"<\!--")
+    return re.sub(r"<(/script|!--)", r"<\\\1", script, flags=re.IGNORECASE)
 
 
 class Figures:
     """The plots of a page; what several of them share is kept once."""
 
     def __init__(self, styles: Styles) -> None:
-        self.looks = styles
+        self.looks = styles  # of all labels; `styles` are those that keys refer to
         self.charts: list[dict[str, Any]] = []
         self.data: dict[str, int] = {}
         self.specs: dict[str, int] = {}

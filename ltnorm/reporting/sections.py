@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from ltnorm.reporting import labels, sheets
@@ -113,9 +114,9 @@ def _notes(notes: Iterable[str]) -> str:
 def comparison(block: Block) -> str:
     """The table of a block, its legend, footnotes and sources."""
     sheet = sheets.of_block(block)
-    known = [_values(block, row) for row in block.rows]
     rows = [
-        _of_sheet(sheet.headings, sheet.rows[place], values) for place, values in enumerate(known)
+        _of_sheet(sheet.headings, texts, _values(block, row))
+        for texts, row in zip(sheet.rows, block.rows, strict=False)  # the literature comes after
     ]
     apart = [
         [_literature(text) if i > sheet.lead else Cell(text) for i, text in enumerate(cells)]
@@ -127,30 +128,27 @@ def comparison(block: Block) -> str:
 
 
 def _values(block: Block, row: Row) -> dict[str, float | None]:
-    """What the columns of a block's table are sorted by."""
-    return {
-        "n": row.n,
-        **{heading(metric): row.mean[metric] for metric in block.shown},
-        **{
-            f"Δ {heading(metric)}": delta.estimate.delta
-            if (delta := row.deltas.get(metric))
-            else None
-            for metric in block.deltas
-        },
-        "params": row.parameters,
-        "epochs": row.epochs,
-        "images": row.images_processed,
-        "time": row.train_seconds,
-    }
+    """What the columns of a block's table are sorted by; an interval by its lower end."""
+    found: dict[str, float | None] = {"n": row.n, "params": row.parameters, "epochs": row.epochs}
+    found |= {"images": row.images_processed, "time": row.train_seconds}
+    found |= {heading(metric): row.mean[metric] for metric in block.shown}
+    for metric in block.deltas:
+        delta = row.deltas.get(metric)
+        name = f"Δ {heading(metric)}"
+        found[name] = delta.estimate.delta if delta else None
+        found[f"{name} {{images}}"] = delta.images[0] if delta and delta.images else None
+    return found
 
 
 def _of_sheet(
     headings: Sequence[str], texts: Sequence[str], values: dict[str, float | None]
 ) -> list[Cell]:
-    return [Cell(texts[0])] + [
-        _number(values[name], text) if name in values else Cell(text)
-        for name, text in zip(headings[1:], texts[1:], strict=True)
-    ]
+    """Cells with what they are sorted by; `{images}` belongs to the difference before it."""
+    cells = [Cell(texts[0])]
+    for (before, name), text in zip(pairwise(headings), texts[1:], strict=True):
+        key = f"{before} {name}" if name == "{images}" else name
+        cells.append(_number(values[key], text) if key in values else Cell(text))
+    return cells
 
 
 def _literature(text: str) -> Cell:
@@ -182,6 +180,8 @@ def classes(found: ClassTable | None, missing: int) -> str:
     lacking = [f"{missing} of the runs have no per-class results that fit."] if missing else []
     if found is None:
         return _folded(title, _notes(lacking))
+    if len({row.first.index_sha256 for row in found.block.rows}) > 1:
+        lacking.append(f"Images and groups are those of {next(iter(found.accuracy))}.")
     sheet = sheets.of_classes(found)
     shown = [row for row in found.block.rows if row.label in found.accuracy]
     others = [row for row in shown if not row.is_baseline] if found.has_baseline else []
