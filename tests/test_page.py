@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import time
+from html import escape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -252,6 +253,15 @@ def test_recipes_cost_environment_and_each_seed_are_told(tree, text):
     assert text.count("<pre>norm:\n&lt;/script&gt;") == 8
     assert text.count("Across ratios") == 1
     assert '<tbody class="published"><tr><th scope="row" class="text">&quot;&gt;&lt;img' in text
+
+
+def test_each_plot_is_told_in_words_where_it_is_not_drawn(tree, text):
+    told = [a["aria-label"] for a in tree.all("div") if a.get("role") == "img"]
+    assert len(told) == len(json.loads(tree.scripts[0])["charts"])
+    assert all(f"This plot needs JavaScript. {escape(each)}</p>" in text for each in told)
+    assert told[0].startswith("Differences to bn</script>")
+    assert ": all +0.5, head -0.5, medium +0.0, tail -5.5;" in told[0]
+    assert ": head 80.0 %, tail 10.0 %" in told[4]
 
 
 def test_missing_files_leave_their_part_out(tmp_path):

@@ -376,9 +376,10 @@ def _against_key(
 
 def _told(field: str, data: Data, unit: str) -> str:
     """All numbers of one column by row and group."""
+    form = "+.1f" if field == "delta" else ".1f"
     place = data.columns.index(field)
     parts = []
     for i, label in enumerate(data.labels):
-        values = [f"{row[1]} {row[place]:.1f}" for row in data.rows if row[0] == i]
+        values = [f"{row[1]} {row[place]:{form}}" for row in data.rows if row[0] == i]
         parts += [f"{label}: {', '.join(values)}"] if values else []
     return f"{unit}; {'; '.join(parts)}"

@@ -89,7 +89,7 @@ class Figures:
         return (
             f'<figure class="plot"><h4>{escape(chart.title)}</h4>{self._key(chart)}'
             f'<div class="chart" id="{name}" role="img" aria-label="{alternative}">'
-            '<p class="absent">This plot needs JavaScript; its numbers are in the tables.</p></div>'
+            f'<p class="absent">This plot needs JavaScript. {alternative}</p></div>'
             f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
         )
 

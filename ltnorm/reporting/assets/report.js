@@ -123,7 +123,7 @@
     try {
       await window.vegaEmbed(frame, whole, options);
     } catch (error) {
-      frame.textContent = "This plot could not be drawn; its numbers are in the tables.";
+      frame.textContent = `This plot could not be drawn. ${description}`;
       console.error(error);
     }
   }
