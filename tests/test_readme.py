@@ -121,7 +121,7 @@ def test_pages_have_no_placeholders_and_their_links_resolve():
 def test_the_pasted_output_looks_like_what_compare_prints(tmp_path, monkeypatch, capsys):
     pasted = re.search(r"```\n(synthetic-.*?)```", PAGES[0].read_text(), flags=re.DOTALL).group(1)
     monkeypatch.chdir(tmp_path)
-    main(["train", "--recipe", "smoke", "--norm", "bn", "--quiet"])
+    main(["train", "--recipe", "smoke", "--norm", "bn", "--norm", "gn", "--quiet"])
     shown = capsys.readouterr().out
     assert pasted.splitlines()[1].split() == shown.splitlines()[1].split()
     for norm in ("bn", "gn", "split", "compound"):

@@ -1,11 +1,11 @@
 """The plots of the page: plain Vega-Lite specifications, drawn by the reader's browser."""
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
 
 from ltnorm.reporting import labels, marks, statistics
-from ltnorm.reporting.compare import DEFAULT_METRICS, Block, Row
+from ltnorm.reporting.compare import DEFAULT_METRICS, Block
+from ltnorm.reporting.curves import curves
 from ltnorm.reporting.marks import Chart, Data, Spec, Styles
 from ltnorm.reporting.statistics import MIN_SEEDS
 from ltnorm.reporting.views import ClassTable, Pivot
@@ -67,7 +67,7 @@ def _groups(block: Block, styles: Styles) -> Chart | None:
         for metric in DEFAULT_METRICS:
             values = row.values(metric)
             if values:
-                low, high = _mean_interval(values)
+                low, high = row.interval(metric) or (None, None)
                 seeds = ", ".join(f"{value:.1f}" for value in values)
                 rows.append([place, metric, row.mean[metric], low, high, seeds])
     if not rows:
@@ -105,14 +105,6 @@ def _ten(highest: float) -> int:
     return min(100, max(10, 10 * math.ceil(highest / 10)))
 
 
-def _mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % t interval of a mean over seeds."""
-    if len(values) < MIN_SEEDS:
-        return None, None
-    estimate = statistics.paired(values, [0.0] * len(values))
-    return estimate.low, estimate.high
-
-
 def _class_data(block: Block, styles: Styles, table: ClassTable) -> tuple[Data, bool]:
     """A record a row and class, from the largest class on; whether classes were put together."""
     order = sorted(range(len(table.classes)), key=lambda i: -table.classes[i].train_images)
@@ -145,7 +137,7 @@ def _bin_names(table: ClassTable, bins: Sequence[Sequence[int]]) -> list[str]:
     names = [table.classes[place].name for [place] in bins]
     if len(set(names)) == len(names):
         return names
-    return [f"{table.classes[place].label} {table.classes[place].name}" for [place] in bins]
+    return [f"{table.classes[place].class_} {table.classes[place].name}" for [place] in bins]
 
 
 def _average(values: Iterable[float | None]) -> float | None:
@@ -268,7 +260,7 @@ def _head_against_tail(block: Block, styles: Styles) -> Chart | None:
 
 
 def _loss(block: Block, styles: Styles) -> Chart | None:
-    curves = {place: _curve(row) for place, row in enumerate(block.rows)}
+    curves = _losses(block)
     last = max((epoch for curve in curves.values() for epoch in curve), default=0)
     step = math.ceil(last / MOST_EPOCHS) or 1
     rows = [
@@ -312,18 +304,13 @@ def _epochs(last: int) -> list[int]:
     return [*range(step, last + 1, step)]
 
 
-def _curve(row: Row) -> dict[int, float]:
-    """The training loss by epoch, averaged over the seeds; only epochs that all of them have."""
-    seeds = []
-    for run in row.runs:
-        try:
-            with (run.directory / "epochs.csv").open(newline="", encoding="utf-8") as file:
-                cells = [(int(e["epoch"]), float(e["loss"])) for e in csv.DictReader(file)]
-        except (OSError, ValueError, KeyError, TypeError, csv.Error):
-            continue
-        seeds.append({epoch: loss for epoch, loss in cells if math.isfinite(loss)})
-    common = set.intersection(*map(set, seeds)) if seeds else set()
-    return {epoch: statistics.mean([one[epoch] for one in seeds]) for epoch in sorted(common)}
+def _losses(block: Block) -> dict[int, dict[int, float]]:
+    """The training loss by epoch of each row, averaged over its seeds."""
+    found = {place: curves(row).get("loss") for place, row in enumerate(block.rows)}
+    return {
+        place: dict(zip(curve.epochs, curve.mean, strict=True)) if curve else {}
+        for place, curve in found.items()
+    }
 
 
 def of_pivot(pivot: Pivot, styles: Styles, key: str) -> list[Chart]:
@@ -344,7 +331,7 @@ def _against_key(
         for place, label in enumerate(pivot.labels):
             row = pivot.row(label, part)
             if row and row.mean[metric] is not None:
-                ends = _mean_interval(row.values(metric) or ())
+                ends = row.interval(metric) or (None, None)
                 rows.append([place, value, row.mean[metric], *ends])
     if len({row[1] for row in rows}) < 2:
         return None

@@ -95,6 +95,15 @@ class Row:
         found = [getattr(run.result, metric) for run in self.runs]
         return None if None in found else found
 
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """The 95 % t interval of the mean over seeds; None for one seed or an empty group."""
+        values = self.values(metric)
+        # It is that of the paired difference to nothing.
+        found = statistics.paired(values, [0.0] * self.n) if values else None
+        if found is None or found.low is None or found.high is None:
+            return None
+        return found.low, found.high
+
 
 @dataclass(frozen=True)
 class Block:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ltnorm.reporting import statistics
 from ltnorm.reporting.compare import Row
+from ltnorm.reporting.schema import EPOCHS
 
-EPOCHS = "epochs.csv"
 QUANTITIES = ("loss", "accuracy")
 
 

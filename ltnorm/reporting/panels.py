@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from ltnorm.errors import LtnormError, UsageError
-from ltnorm.reporting import axes, plots, statistics
+from ltnorm.reporting import axes, plots
 from ltnorm.reporting.axes import SMALL, Spread
 from ltnorm.reporting.compare import Block, Row
 from ltnorm.reporting.curves import EPOCHS, Curve
@@ -124,7 +124,7 @@ def delta(scene: Scene) -> list[Plot]:
 def groups(scene: Scene) -> list[Plot]:
     """Bars of head, medium and tail with the 95 % t interval of the mean over seeds."""
     rows = scene.block.rows
-    limits = {row.label: {g: mean_interval(row, g) for g in GROUPS} for row in rows}
+    limits = {row.label: {g: row.interval(g) for g in GROUPS} for row in rows}
     several = any(one for of_row in limits.values() for one in of_row.values())
 
     def draw(axis: Any) -> None:
@@ -143,18 +143,6 @@ def groups(scene: Scene) -> list[Plot]:
         axes.from_zero(axis, [*means, *ends], below=0)
 
     return [Plot(draw, (WHISKERS,) if several else (), wide=len(rows) > MOST_NAMES)]
-
-
-def mean_interval(row: Row, metric: str) -> tuple[float, float] | None:
-    """The 95 % t interval of the mean over seeds; None for one seed or an empty group.
-
-    It is that of the paired difference to nothing.
-    """
-    values = row.values(metric)
-    found = statistics.paired(values, [0.0] * len(values)) if values else None
-    if found is None or found.low is None or found.high is None:
-        return None
-    return found.low, found.high
 
 
 def _bars(

@@ -13,6 +13,7 @@ from ltnorm.reporting.wording import facts, footnotes, heading, interval, legend
 
 COST = ("params", "epochs", "images", "time")
 NONE = "–"
+OVER_IMAGES = "over images"
 CLASS_LEGEND = (
     "In %; mean ± sample standard deviation over n seeds; last epoch. images: training images of "
     "the class."
@@ -52,12 +53,12 @@ def of_blocks(blocks: Sequence[Block]) -> list[Sheet]:
 
 
 def _of_block(block: Block, rules: str) -> Sheet:
-    imaged = _imaged(block)
+    of_images = imaged(block)
     headings = [" × ".join(part.rpartition(".")[2] for part in block.by), "n"]
     headings += [heading(metric) for metric in block.shown]
     for metric in _compared(block):
-        headings += [f"Δ {heading(metric)}", *(["over images"] if metric == imaged else [])]
-    rows = [_cells(block, row, imaged) for row in block.rows]
+        headings += [f"Δ {heading(metric)}", *([OVER_IMAGES] if metric == of_images else [])]
+    rows = [_cells(block, row, of_images) for row in block.rows]
     blank = [NONE] * (len(headings) - 2 - len(block.shown) + len(COST))
     for one in block.published:
         values = [_published(one.values.get(metric)) for metric in block.shown]
@@ -80,7 +81,7 @@ def _compared(block: Block) -> tuple[str, ...]:
     return block.deltas if any(row.deltas for row in block.rows) else ()
 
 
-def _imaged(block: Block) -> str | None:
+def imaged(block: Block) -> str | None:
     """The metric whose interval over test images has a column: the tested one, if it is shown."""
     metrics = sorted(_compared(block), key=lambda metric: metric != TESTED)
     found = [m for m in metrics if any((d := r.deltas.get(m)) and d.images for r in block.rows)]
@@ -96,11 +97,11 @@ def _sources(block: Block) -> list[str]:
     return [f"{paper}: {source}." for paper, source in dict.fromkeys(told) if source]
 
 
-def _cells(block: Block, row: Row, imaged: str | None) -> list[str]:
+def _cells(block: Block, row: Row, of_images: str | None) -> list[str]:
     cells = [row.label, str(row.n), *(average(row, metric) for metric in block.shown)]
     for metric in _compared(block):
         cells.append(difference(row, metric))
-        if metric == imaged:
+        if metric == of_images:
             delta = row.deltas.get(metric)
             cells.append(interval(delta.images, metric) if delta and delta.images else NONE)
     time = f"{row.train_seconds:.0f} s"
@@ -181,7 +182,7 @@ def of_classes(table: ClassTable) -> Sheet:
         changes = [table.delta(row.label, place) for row in others]
         cells.append(
             [
-                *(str(one.class_), one.name, f"{one.train_images:,}", one.group),
+                *(str(one.class_), one.name, *_known(table, place)),
                 *(_spread(v.mean, v.std) for v in values),
                 *(NONE if change is None else points(change) for change in changes),
             ]
@@ -191,6 +192,15 @@ def of_classes(table: ClassTable) -> Sheet:
         + (f"; Δ against {block.baseline}." if others else ".")
     ]
     return Sheet(block.title, headings, cells, lead=2, notes=notes, legend=CLASS_LEGEND)
+
+
+def _known(table: ClassTable, place: int) -> tuple[str, str]:
+    """Training images and group of a class; both ends and a dash where the rows differ in them."""
+    others = (rows for seeds in table.seeds.values() for rows in seeds.values())
+    ones = [table.classes[place], *(rows[place] for rows in others)]
+    ends = sorted({min(one.train_images for one in ones), max(one.train_images for one in ones)})
+    groups = {one.group for one in ones}
+    return " to ".join(f"{n:,}" for n in ends), groups.pop() if len(groups) == 1 else NONE
 
 
 def _spread(mean: float | None, std: float | None) -> str:
