@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -168,14 +169,18 @@ def grid(
     Text may be folded, where it is wider than `text_width` or the terminal; a number never.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for i, (heading, *_) in enumerate(columns):
+    for i, column in enumerate(columns):
         text = i in left
         table.add_column(
-            heading,
+            column[0],
             justify="left" if text else "right",
             no_wrap=not text,
             overflow="fold",
             max_width=text_width if text else None,
+            # Known here, so that rich need not measure each cell; of text it finds where to fold.
+            width=None
+            if text
+            else max(cell_len(line) for cell in column for line in cell.split("\n")),
         )
     for cells in zip(*(column[1:] for column in columns), strict=True):
         table.add_row(*map(Text, cells))

@@ -7,7 +7,6 @@ from ltnorm.reporting import labels, marks, statistics
 from ltnorm.reporting.compare import DEFAULT_METRICS, Block
 from ltnorm.reporting.curves import curves
 from ltnorm.reporting.marks import Chart, Data, Spec, Styles
-from ltnorm.reporting.statistics import MIN_SEEDS
 from ltnorm.reporting.views import ClassTable, Pivot
 from ltnorm.reporting.wording import heading
 
@@ -93,7 +92,7 @@ def _groups(block: Block, styles: Styles) -> Chart | None:
     return Chart(
         title="Accuracy by group",
         caption="Mean accuracy over the classes of each group, and over seeds, in %. Lines: 95 % t "
-        f"interval of the mean over seeds, from {MIN_SEEDS} seeds on.",
+        "interval of the mean over seeds, from 2 seeds on.",
         alternative=_told("mean", data, "accuracy in %"),
         spec=marks.spec(layers),
         data=data,
@@ -353,7 +352,7 @@ def _against_key(
     ]
     return Chart(
         title=f"{heading(metric)} against {short}",
-        caption=f"Mean over seeds; lines upright: its 95 % t interval, from {MIN_SEEDS} seeds on.",
+        caption="Mean over seeds; lines upright: its 95 % t interval, from 2 seeds on.",
         alternative=f"{heading(metric)} at {short} {', '.join(f'{v:g}' for v in values)}, a line a "
         f"setting: {', '.join(pivot.labels)}. The numbers are in the table above.",
         spec=marks.spec(layers),
