@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Wide enough that no table wraps when stdout is a file or a pipe.
 _PIPE_WIDTH = 160
+GAP = 2  # between two columns of a table
 # A longer text is folded, so that the numbers keep their place.
 LABEL_WIDTH = 36
 
@@ -159,29 +160,65 @@ class TrainingProgress:
             )
 
 
+@dataclass(frozen=True)
+class Grid:
+    """A table of columns, each led by its heading; see `grid`."""
+
+    columns: Sequence[Sequence[str]]
+    left: Sequence[int]
+    text_width: int | None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lines where nothing is to be folded: rich takes a second for a thousand rows."""
+        widths = [_width(column) for column in self.columns]
+        most = self.text_width
+        folded = most is not None and any(widths[i] > most for i in self.left)
+        plain = all(cell.isprintable() for column in self.columns for cell in column)
+        if folded or not plain or sum(widths) + GAP * (len(widths) - 1) > options.max_width:
+            yield self._table(widths)
+            return
+        rows = [self._line(cells, widths) for cells in zip(*self.columns, strict=True)]
+        heading, *others = rows
+        rule = "─" * (sum(widths) + GAP * (len(widths) - 1))
+        body = "\n".join(["", rule, *others])
+        yield Text.assemble((heading, "table.header"), body, no_wrap=True, overflow="ignore")
+
+    def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
+        parts = []
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+            room = " " * (width - cell_len(cell))
+            parts.append(cell + room if i in self.left else room + cell)
+        return (" " * GAP).join(parts)
+
+    def _table(self, widths: Sequence[int]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        for i, (column, width) in enumerate(zip(self.columns, widths, strict=True)):
+            text = i in self.left
+            table.add_column(
+                Text(column[0]),
+                justify="left" if text else "right",
+                no_wrap=not text,
+                overflow="fold",
+                max_width=self.text_width if text else None,
+                # Known here, so that rich need not measure each cell; of text it finds the folds.
+                width=None if text else width,
+            )
+        for cells in zip(*(column[1:] for column in self.columns), strict=True):
+            table.add_row(*map(Text, cells))
+        return table
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(cell_len(line) for cell in column for line in cell.split("\n"))
+
+
 def grid(
     columns: Sequence[Sequence[str]],
     left: Sequence[int] = (0,),
     text_width: int | None = LABEL_WIDTH,
-) -> Table:
+) -> Grid:
     """A table of columns, each led by its heading; those in `left` are text, the others numbers.
 
     Text may be folded, where it is wider than `text_width` or the terminal; a number never.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for i, column in enumerate(columns):
-        text = i in left
-        table.add_column(
-            column[0],
-            justify="left" if text else "right",
-            no_wrap=not text,
-            overflow="fold",
-            max_width=text_width if text else None,
-            # Known here, so that rich need not measure each cell; of text it finds where to fold.
-            width=None
-            if text
-            else max(cell_len(line) for cell in column for line in cell.split("\n")),
-        )
-    for cells in zip(*(column[1:] for column in columns), strict=True):
-        table.add_row(*map(Text, cells))
-    return table
+    return Grid(columns, left, text_width)

@@ -10,14 +10,13 @@ from typing import Any
 from rich.console import Console, Group
 from rich.text import Text
 
-from ltnorm.console import LABEL_WIDTH, grid
+from ltnorm.console import GAP, LABEL_WIDTH, grid
 from ltnorm.reporting import cells
 from ltnorm.reporting.compare import Block, Delta, Row
 from ltnorm.reporting.sheets import Sheet
 from ltnorm.reporting.views import ClassTable
 from ltnorm.reporting.wording import facts, footnotes, legend, outcome
 
-GAP = 2  # between two columns of a table
 # What LaTeX reads as a command, and signs that its fonts have under other names.
 LATEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.text import Text
 
-from ltnorm.console import LABEL_WIDTH, grid
+from ltnorm.console import GAP, LABEL_WIDTH, grid
 
 if TYPE_CHECKING:
     from ltnorm.evaluation.inspection import Inspection, LayerInspection
@@ -18,7 +18,6 @@ CSV_COLUMNS = (
     *("layer", "channels", "group", "quantity", "component", "value"),
 )
 SHOWN = 3  # components in a cell; a file has all
-GAP = 2  # between two columns, as `grid` has it
 
 LEGEND = (
     "shift: root mean square over channels of a group's mean of the normalized features, "
