@@ -131,6 +131,7 @@ def command(
         sort=sort,
         best_only=best_only,
         over_images=_imaged(metric, whole) if over_images else (),
+        gated=tuple(gate.metric for gate in asked),
     )
     across = labels.key_of(pivot) if pivot else None
     _check_views(across, question.by, per_class)

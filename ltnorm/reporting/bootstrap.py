@@ -43,7 +43,8 @@ def read(path: Path) -> Predictions:
         LtnormError: not readable, damaged, or without the arrays `label` and `prediction`.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # np.load would look twice at each array
+        # Read whole: an archive is opened by a dozen small reads, and np.load has more.
+        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
             labels, predicted = (archive.read(f"{name}.npy") for name in ("label", "prediction"))
         labels, predicted = _labels(labels), _array(predicted)
     except Exception as error:  # of damaged content, the parsers raise many kinds

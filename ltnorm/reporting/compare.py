@@ -155,6 +155,7 @@ class Question:
         best_only: of the rows of one name only the best is kept, by `sort`, or else by `all`.
         over_images: the metrics, of `images.METRICS`, that have an interval over test images too
             where predictions are there.
+        gated: metrics that gates ask for.
     """
 
     by: By = BY
@@ -163,6 +164,7 @@ class Question:
     sort: str | None = None
     best_only: bool = False
     over_images: tuple[str, ...] = images.METRICS
+    gated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in [*(self.metrics or ()), *([self.sort] if self.sort else [])]:
@@ -178,6 +180,11 @@ class Question:
     def deltas(self) -> tuple[str, ...]:
         """The metrics whose differences are shown."""
         return self.shown if self.metrics else DELTAS
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The metrics whose differences are computed: those that any table, plot or gate has."""
+        return tuple(dict.fromkeys([*DEFAULT_METRICS, *self.shown, *self.gated]))
 
 
 def compare(
@@ -221,7 +228,7 @@ def _block(
     if question.best_only:
         rows = _best(rows, question.sort or "all")
     base = _baseline(rows, question.baseline, by)
-    rows = [_against(row, base) for row in rows]
+    rows = [_against(row, base, question.told) for row in rows]
     block = Block(
         title=title,
         by=by,
@@ -301,7 +308,7 @@ def _sorted(rows: Sequence[Row], sort: str | None, by: By) -> list[Row]:
     return sorted(rows, key=key)
 
 
-def _against(row: Row, base: Row | None) -> Row:
+def _against(row: Row, base: Row | None, metrics: Sequence[str]) -> Row:
     """A row with what tells it from the baseline."""
     if base is None:
         return row
@@ -310,7 +317,7 @@ def _against(row: Row, base: Row | None) -> Row:
     time = row.train_seconds / base.train_seconds if len(devices) == 1 else None
     if row is base:
         return replace(row, is_baseline=True, relative_time=time)
-    deltas = {metric: delta for metric in METRICS if (delta := _delta(row, base, metric))}
+    deltas = {metric: delta for metric in metrics if (delta := _delta(row, base, metric))}
     return replace(row, relative_time=time, deltas=deltas)
 
 
