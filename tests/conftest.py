@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 
 from ltnorm import resolve as recipes
 from ltnorm.cli import main
@@ -26,6 +27,10 @@ TINY = {
     "train": {"epochs": 2, "batch_size": 16, "lr": 0.05, "warmup_epochs": 1, "crop_padding": 1},
 }
 
+
+# On a busy machine an example can take long; how long is measured in benchmarks alone.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: more threads would wait for each other
     torch.set_num_threads(1)

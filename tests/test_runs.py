@@ -16,11 +16,9 @@ from test_state import made
 from ltnorm.cli import runs as listing
 from ltnorm.reporting import schema, state
 
-NOW = datetime.now(UTC)
-
 
 def ago(**since):
-    return (NOW - timedelta(**since)).isoformat()
+    return (datetime.now(UTC) - timedelta(**since)).isoformat()
 
 
 @pytest.fixture
@@ -119,7 +117,8 @@ def test_looking_changes_nothing(ltnorm, tree):
     [(-5, "0 s"), (59, "59 s"), (60, "1 min"), (7199, "1 h"), (86399, "23 h"), (200000, "2 d")],
 )
 def test_an_age_has_its_largest_unit(seconds, age):
-    assert listing._age(ago(seconds=seconds), NOW) == age
+    now = datetime.now(UTC)
+    assert listing._age((now - timedelta(seconds=seconds)).isoformat(), now) == age
 
 
 @pytest.mark.parametrize("width", [50, 80, 160])

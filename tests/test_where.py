@@ -301,15 +301,17 @@ def runs(tmp_path):
     ],
 )
 def test_runs_are_selected_by_columns_settings_and_recipes(runs, text, chosen):
-    assert [runs.index(run) for run in where.select(runs, text)] == chosen
+    assert [runs.index(run) for run in where.select(runs, Condition.parse(text))] == chosen
 
 
 def test_a_recipe_is_read_only_if_it_is_needed_and_once_a_setting(runs, monkeypatch):
     read = []
     monkeypatch.setattr(where, "_read", lambda run: read.append(run) or {})
-    where.select(runs, 'ratio == 100 and norm.name == "bn" and dataset.name == "synthetic"')
+    where.select(
+        runs, Condition.parse('ratio == 100 and norm.name == "bn" and dataset.name == "synthetic"')
+    )
     assert read == []
-    where.select([*runs, *runs], "train.momentum == 0.9")
+    where.select([*runs, *runs], Condition.parse("train.momentum == 0.9"))
     assert read == runs
 
 
@@ -319,7 +321,10 @@ def test_a_key_younger_than_the_run_has_its_default(runs):
     younger = [line for line in lines if "crop:" not in line and "tau:" not in line]
     assert len(lines) - len(younger) >= 2
     path.write_text("\n".join(younger))
-    assert where.select(runs[1:2], 'train.crop == "auto" and retrain.tau == None') == runs[1:2]
+    assert (
+        where.select(runs[1:2], Condition.parse('train.crop == "auto" and retrain.tau == None'))
+        == runs[1:2]
+    )
 
 
 @pytest.mark.parametrize("damage", [None, "{", "[]", b"\xff\xfe"])
@@ -328,9 +333,9 @@ def test_a_recipe_that_is_needed_and_damaged_is_named(runs, damage):
     path.unlink()
     if damage is not None:
         path.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
-    assert where.select(runs, "ratio == 10") == runs[:1]
+    assert where.select(runs, Condition.parse("ratio == 10")) == runs[:1]
     with pytest.raises(LtnormError) as error:
-        where.select(runs, "norm.components == 4")
+        where.select(runs, Condition.parse("norm.components == 4"))
     assert str(path) in error.value.message
     assert error.value.exit_code == 1
 
@@ -353,26 +358,26 @@ def test_a_recipe_that_is_needed_and_damaged_is_named(runs, damage):
 )
 def test_an_unknown_name_is_told_with_the_nearest(runs, text, hint):
     with pytest.raises(UsageError) as error:
-        where.select(runs, text)
+        where.select(runs, Condition.parse(text))
     assert hint in error.value.hint
     assert error.value.exit_code == 2
 
 
 def test_nothing_selected_tells_what_there_is(runs):
     with pytest.raises(NothingFound) as error:
-        where.select(runs, 'ratio == 50 and norm == "bn"')
+        where.select(runs, Condition.parse('ratio == 50 and norm == "bn"'))
     assert "none of 4 runs" in error.value.message
     assert error.value.hint == "ratio is 10, 100 in them"
     assert error.value.exit_code == 3
     with pytest.raises(NothingFound) as error:
-        where.select(runs, 'tag == "t2"')
+        where.select(runs, Condition.parse('tag == "t2"'))
     assert error.value.hint == 'tag is "t1", None in them'
     many = [
         dataclasses.replace(run, result=dataclasses.replace(run.result, tail=float(i)))
         for i, run in enumerate(runs * 3)
     ]
     with pytest.raises(NothingFound) as error:
-        where.select(many, "tail > 99")
+        where.select(many, Condition.parse("tail > 99"))
     assert error.value.hint == "tail is from 0 to 11 in them"
 
 

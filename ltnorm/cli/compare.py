@@ -12,6 +12,8 @@ from ltnorm.cli import options
 from ltnorm.console import Output
 from ltnorm.errors import NothingFound, UsageError, did_you_mean
 
+MOST_WARNINGS = 20
+
 
 class Format(StrEnum):
     """How a comparison is printed."""
@@ -113,6 +115,7 @@ def command(
     from ltnorm.reporting import gates, labels, load, schema
     from ltnorm.reporting import published as literature
     from ltnorm.reporting import where as selecting
+    from ltnorm.reporting.condition import Condition
 
     output = Output(quiet=quiet, json=json)
     format = Format.json if json else format
@@ -133,18 +136,18 @@ def command(
         over_images=_imaged(metric, whole) if over_images else (),
         gated=tuple(gate.metric for gate in asked),
     )
+    condition = Condition.parse(where) if where is not None else None
     across = labels.key_of(pivot) if pivot else None
     _check_views(across, question.by, per_class)
     drawable = _check_plot(plot, panel, output)
     _check_files(out, html)
     places = paths or [options.OUT]
     runs, warnings = load.load(places)
-    if where:
-        runs = selecting.select(runs, where)
+    if condition:
+        runs = selecting.select(runs, condition)
     beside = literature.read_beside(places) if published else []
     blocks = comparing.compare(runs, question, beside)
-    for warning in [*warnings, *comparing.missing_seeds(blocks)]:
-        output.warn(warning)
+    _warn([*warnings, *comparing.missing_seeds(blocks)], output)
     _check_baseline(blocks, baseline, output)
     if published and not any(block.published for block in blocks):
         output.warn("no published number was found with the settings of any table here")
@@ -165,6 +168,14 @@ def command(
         output.product(figures.bars(blocks, output.out.width))
     if asked:
         gates.check(asked, blocks, norm or ())
+
+
+def _warn(warnings: Sequence[str], output: Output) -> None:
+    """The first warnings; of a sweep that is under way there may be hundreds."""
+    for warning in warnings[:MOST_WARNINGS]:
+        output.warn(warning)
+    if (more := len(warnings) - MOST_WARNINGS) > 0:
+        output.warn(f"{more} more of the like; `ltnorm runs --failed` lists unfinished runs")
 
 
 def _imaged(metrics: Sequence[str] | None, whole: bool) -> tuple[str, ...]:

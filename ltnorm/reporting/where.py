@@ -25,15 +25,14 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, wh
 _MISSING = object()
 
 
-def select(runs: Sequence[Run], text: str) -> list[Run]:
+def select(runs: Sequence[Run], condition: Condition) -> list[Run]:
     """The runs that a condition holds for, in their order.
 
     Raises:
-        UsageError: not a condition, an unknown name, or values of two kinds compared.
+        UsageError: an unknown name, or values of two kinds compared.
         NothingFound: it holds for none.
         LtnormError: a recipe that is needed is missing or damaged.
     """
-    condition = Condition.parse(text)
     values = Values()
     known = known_names()
     if any(name not in known and _is_option(name) for name in condition.names):
