@@ -442,7 +442,7 @@ def test_the_best_of_a_name_is_kept():
     runs = [
         *[result("bn", seed=s, all_=50.0 + s, flags=low) for s in range(3)],
         *[result("bn", seed=s, all_=60.0 + s, flags=high) for s in range(3)],
-        *[result("gn", seed=s, all_=40.0 + s, tail=70.0, flags=low) for s in range(3)],
+        *[result("gn", seed=s, all_=40.0 + s, tail=70.0 + s / 9, flags=low) for s in range(3)],
         *[result("gn", seed=s, all_=30.0 + s, flags=high) for s in range(3)],
     ]
     [block] = compare(runs, by=("norm", "train.lr"), best_only=True, baseline="bn")
@@ -459,10 +459,14 @@ def test_the_best_of_a_name_is_kept():
 def test_missing_seeds_are_told_with_their_place():
     runs = [*seeds("bn", [1.0, 2.0, 3.0]), result("gn", seed=1)]
     blocks = compare(runs)
-    [line] = comparing.missing_seeds(blocks)
-    assert line.startswith("gn lacks seed 0, 2 of synthetic-exp100")
+    there = [run for block in blocks for row in block.rows for run in row.runs]
+    [line] = comparing.missing_seeds(blocks, there)
+    assert line.startswith("gn lacks seeds 0, 2 of synthetic-exp100")
     assert line.endswith("results/3/seed0, …")
-    assert list(comparing.missing_seeds(compare(seeds("bn", [1.0, 2.0])))) == []
+    assert list(comparing.missing_seeds(compare(seeds("bn", [1.0, 2.0])), [])) == []
+    # What is there and was only not selected is not missing.
+    left_out = [Run(result("gn", seed=seed), Path()) for seed in (0, 2)]
+    assert list(comparing.missing_seeds(blocks, [*there, *left_out])) == []
 
 
 def test_titles_sort_by_their_numbers():

@@ -131,7 +131,7 @@ def test_settings_that_differ_without_effect_are_one(compared, tmp_path):
     file.write_text(yaml.safe_dump(content))
     found = compared("--json")
     assert (found["same_setting"], keys(found["recipe"])) == (True, ["train.sam_rho"])
-    assert "the same setting: 1 key" in compared()
+    assert "the same fingerprint, but 1 key of the recipes differ" in compared()
 
 
 def test_a_run_is_named_by_its_directory_or_a_file_in_it(ltnorm, tmp_path):

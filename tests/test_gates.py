@@ -43,13 +43,30 @@ def test_unless_fails_where_the_lower_end_is_below():
 
 @pytest.mark.parametrize("unless", [True, False])
 def test_the_bound_itself_passes(unless):
-    # Equal differences: the interval is one point.
-    blocks = compare([*BASE, *seeds("gn", [11.0, 13.0, 15.0])])
-    check(gates("tail=1.0", unless=unless), blocks)
-    higher, lower = gates("tail=1.001", unless=unless), gates("tail=0.999", unless=unless)
-    check(lower, blocks)
+    blocks = compare([*BASE, *BETTER])
+    estimate = blocks[0].rows[1].deltas["tail"].estimate
+    end = estimate.low if unless else estimate.high
+    check([Gate("tail", end, unless)], blocks)
+    check([Gate("tail", end - 1e-9, unless)], blocks)
     with pytest.raises(GateFailed):
-        check(higher, blocks)
+        check([Gate("tail", end + 1e-9, unless)], blocks)
+
+
+@pytest.mark.parametrize("unless", [True, False])
+def test_equal_differences_have_no_spread_to_judge_by(unless):
+    blocks = compare([*BASE, *seeds("gn", [21.0, 23.0, 25.0])])
+    with pytest.raises(GateFailed, match="no spread"):
+        check(gates("tail=1.0", unless=unless), blocks)
+
+
+def test_what_was_chosen_by_its_outcome_cannot_pass():
+    other = {"train.lr": 0.4}
+    runs = [*BASE, *BETTER, *seeds("gn", [30.0, 30.1, 30.2], flags=other)]
+    chosen = compare(runs, by=("norm", "train.lr"), best_only=True, sort="tail")
+    with pytest.raises(GateFailed, match="chosen by their tail"):
+        check(gates("tail=-100"), chosen)
+    with pytest.raises(GateFailed, match="selected by their tail"):
+        check(gates("tail=-100"), compare([*BASE, *BETTER], selected_by=("tail",)))
 
 
 @pytest.mark.parametrize("unless", [True, False])
@@ -66,6 +83,9 @@ def test_what_cannot_be_judged_fails():
         check(gates("tail=-100"), compare(BETTER))
     with pytest.raises(GateFailed, match="no row of nbn"):
         check(gates("tail=-100"), compare([*BASE, *BETTER]), ["nbn"])
+    with pytest.raises(UsageError) as error:
+        check(gates("tail=-100"), compare([*BASE, *BETTER]), ["nbm"])
+    assert "did you mean 'nbn'" in error.value.hint
     empty = [result(n, seed=s, tail=None) for n in ("bn", "gn") for s in range(3)]
     with pytest.raises(GateFailed, match="no tail"):
         check(gates("tail=-100"), compare(empty))

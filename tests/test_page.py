@@ -45,7 +45,10 @@ def run_of(folder, norm, seed, ratio=100, classes=COUNTS, names=None, **changes)
     shift = (seed - 1) * 0.7 + {"gn": 0.3, "compound": -0.2}.get(norm, 0) * seed**2
     known = {field.name: None for field in dataclasses.fields(schema.Result)}
     known |= dict.fromkeys(("macro_f1", "gmean", "worst_class", "ece"), 30.0 + shift)
-    known |= dict.fromkeys(("data_seed", "head_classes", "medium_classes", "tail_classes"), 2)
+    third = len(classes) / 3
+    groups = [("head", "medium", "tail")[int(i / third)] for i in range(len(classes))]
+    known |= {f"{group}_classes": groups.count(group) for group in ("head", "medium", "tail")}
+    known |= {"data_seed": 2}
     known |= {"schema": schema.SCHEMA, "fingerprint": recipe.fingerprint(), "dataset": "made"}
     known |= {"profile": "exp", "ratio": float(ratio), "set_id": f"made-exp{ratio}"}
     known |= {"index_sha256": f"{ratio}", "model": "resnet32", "norm": norm, "norm_options": ""}
@@ -61,8 +64,6 @@ def run_of(folder, norm, seed, ratio=100, classes=COUNTS, names=None, **changes)
     directory.mkdir(parents=True)
     names = names or [f"class {i}" for i in range(len(classes))]
     header = ["class", "name", "train_images", "group", "eval_images", "accuracy"]
-    third = len(classes) / 3
-    groups = [("head", "medium", "tail")[int(i / third)] for i in range(len(classes))]
     per_class = [
         [i, name, count, group, 10, round(90 - 80 * i / len(classes) + shift, 3)]
         for i, (name, count, group) in enumerate(zip(names, classes, groups, strict=True))

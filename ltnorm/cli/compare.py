@@ -1,7 +1,7 @@
 """`ltnorm compare`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,12 +112,14 @@ def command(
     `ltnorm compare results/ --where 'ratio==100' --format latex`
     """
     from ltnorm.reporting import compare as comparing
-    from ltnorm.reporting import gates, labels, load, schema
+    from ltnorm.reporting import gates, labels, load, schema, views
     from ltnorm.reporting import published as literature
     from ltnorm.reporting import where as selecting
     from ltnorm.reporting.condition import Condition
 
     output = Output(quiet=quiet, json=json)
+    if json and format not in (Format.table, Format.json):
+        raise UsageError(f"--json and --format {format} contradict", "leave one of them out")
     format = Format.json if json else format
     asked = [gates.Gate.parse(text, unless=False) for text in fail_below or ()]
     asked += [gates.Gate.parse(text, unless=True) for text in fail_unless or ()]
@@ -127,6 +129,7 @@ def command(
         )
     # What is not shown is not computed: over the images of many runs that takes seconds.
     whole = format in (Format.json, Format.csv) or html is not None
+    condition = Condition.parse(where) if where is not None else None
     question = comparing.Question(
         by=tuple(dict.fromkeys(map(labels.key_of, by or comparing.BY))),
         baseline=baseline,
@@ -135,22 +138,23 @@ def command(
         best_only=best_only,
         over_images=_imaged(metric, whole) if over_images else (),
         gated=tuple(gate.metric for gate in asked),
+        selected_by=tuple(m for m in schema.METRICS if condition and m in condition.names),
     )
-    condition = Condition.parse(where) if where is not None else None
     across = labels.key_of(pivot) if pivot else None
     _check_views(across, question.by, per_class)
-    drawable = _check_plot(plot, panel, output)
-    _check_files(out, html)
+    drawable = _check_plot(plot, panel, format, output)
+    _check_files({"--output": out, "--html": html, "--plot": plot})
     places = paths or [options.OUT]
-    runs, warnings = load.load(places)
-    if condition:
-        runs = selecting.select(runs, condition)
+    found, warnings = load.load(places)
+    runs = selecting.select(found, condition) if condition else found
     beside = literature.read_beside(places) if published else []
     blocks = comparing.compare(runs, question, beside)
-    _warn([*warnings, *comparing.missing_seeds(blocks)], output)
+    _warn([*warnings, *comparing.missing_seeds(blocks, found)], output)
     _check_baseline(blocks, baseline, output)
     if published and not any(block.published for block in blocks):
         output.warn("no published number was found with the settings of any table here")
+    if (plot and drawable) or html:
+        _warn([one for block in blocks for one in views.per_class(block)[1]], output)
     if plot and drawable:
         from ltnorm.reporting import figures
 
@@ -257,19 +261,25 @@ def _check_views(across: str | None, by: Sequence[str], per_class: bool) -> None
         )
 
 
-def _check_files(out: Path | None, html: Path | None) -> None:
-    """Raises UsageError before work starts where a file cannot be written."""
+def _check_files(files: Mapping[str, Path | None]) -> None:
+    """Raises UsageError before work starts where a file cannot be written, or would be twice."""
     from ltnorm.reporting import schema
 
-    if out is not None:
+    named: dict[Path, str] = {}
+    for flag, file in files.items():
+        if file is not None and (other := named.setdefault(file.absolute(), flag)) != flag:
+            raise UsageError(f"{other} and {flag} name one file, {file}", "name two files")
+    if (out := files["--output"]) is not None:
         schema.check_file(out, "--output")
-    if html is not None:
+    if (html := files["--html"]) is not None:
         from ltnorm.reporting import page
 
         page.check(html)
 
 
-def _check_plot(plot: Path | None, panel: Sequence[str] | None, output: Output) -> bool:
+def _check_plot(
+    plot: Path | None, panel: Sequence[str] | None, format: Format, output: Output
+) -> bool:
     """Whether --plot can be drawn; without matplotlib there are bars instead, and a hint."""
     if plot is None:
         if panel:
@@ -281,7 +291,8 @@ def _check_plot(plot: Path | None, panel: Sequence[str] | None, output: Output) 
     try:
         plots.check(plot)
     except plots.NoMatplotlib as error:
-        output.warn(f"{error.message}: bars instead; {error.hint}")
+        instead = ": bars instead of a figure" if format is Format.table else ""
+        output.warn(f"{error.message}{instead}; {error.hint}")
         return False
     return True
 
@@ -294,6 +305,8 @@ def _check_baseline(blocks: Sequence[Any], asked: str | None, output: Output) ->
     labels = list(dict.fromkeys(row.label for block in without for row in block.rows))
     if asked and len(without) == len(blocks):
         raise UsageError(f"no single row is '{asked}'", did_you_mean(asked, labels))
-    where = "; ".join(block.title for block in without)
+    from ltnorm.reporting.wording import listed
+
+    where = listed([block.title for block in without])
     name = f"single row '{asked}'" if asked else "baseline"
-    output.warn(f"no {name} in {where}; --baseline takes: {', '.join(labels)}")
+    output.warn(f"no {name} in {where}; --baseline takes {listed(labels)}")

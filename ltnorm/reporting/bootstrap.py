@@ -18,6 +18,7 @@ from ltnorm.errors import LtnormError
 from ltnorm.reporting.statistics import CONFIDENCE
 
 RESAMPLES = 2000
+DIGITS = 4  # of an interval: draws are in single precision
 LARGE_CLASS = 2000  # images; the draws of all of them would take gigabytes
 
 Interval = tuple[float, float]
@@ -175,7 +176,7 @@ def intervals(
         drawn = _drawn(contrasts[members[0]].labels, values, resamples, seed)
         ends = np.percentile(drawn, [tail, 100 - tail], axis=0).T.tolist()
         for i, (low, high) in zip(members, ends, strict=True):
-            found[i] = low, high
+            found[i] = round(low, DIGITS), round(high, DIGITS)
     return found
 
 

@@ -48,5 +48,7 @@ def read(path: Path, hint: str) -> list[list[str]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [*csv.reader(file)] or [[]]
+    except FileNotFoundError as error:
+        raise LtnormError(f"there is no {path}", hint) from error
     except (OSError, ValueError, csv.Error) as error:
         raise LtnormError(f"{path} is not a readable CSV: {error}", hint) from error

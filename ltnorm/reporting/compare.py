@@ -109,8 +109,13 @@ class Row:
 class Block:
     """Rows that can be compared: they share all but what `by` says.
 
-    `shown` are the metrics of the columns, `deltas` those whose differences are shown, `chosen_by`
-    the metric by which the rows were chosen among others, if they were.
+    Attributes:
+        title, by: what the rows share, and what they differ in.
+        baseline: the label of the row that differences refer to.
+        shown, deltas: the metrics of the columns, and those whose differences are shown.
+        rows, published: one's own, and those of the literature.
+        chosen_by: the metric by which rows were chosen among others of their name.
+        selected_by: the metrics by which runs were selected.
     """
 
     title: str
@@ -121,6 +126,7 @@ class Block:
     rows: tuple[Row, ...]
     published: tuple[Published, ...] = ()
     chosen_by: str | None = None
+    selected_by: tuple[str, ...] = ()
 
     @property
     def first(self) -> Any:
@@ -138,9 +144,13 @@ class Block:
         return [row for row in self.rows if not row.is_baseline]
 
     @property
-    def optimistic(self) -> bool:
-        """Whether rows were chosen on the very images that they are compared on."""
-        return self.chosen_by is not None and self.first.eval_split == "test"
+    def selection(self) -> str | None:
+        """Why no row can be judged: what is shown was chosen by its own outcome."""
+        if self.selected_by:
+            return f"runs were selected by their {', '.join(self.selected_by)}"
+        if self.chosen_by and self.first.eval_split == "test":
+            return f"rows were chosen by their {self.chosen_by} on these very images"
+        return None
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,7 @@ class Question:
         over_images: the metrics, of `images.METRICS`, that have an interval over test images too
             where predictions are there.
         gated: metrics that gates ask for.
+        selected_by: metrics by which the runs were selected, so that no row can be judged.
     """
 
     by: By = BY
@@ -165,6 +176,7 @@ class Question:
     best_only: bool = False
     over_images: tuple[str, ...] = images.METRICS
     gated: tuple[str, ...] = ()
+    selected_by: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in [*(self.metrics or ()), *([self.sort] if self.sort else [])]:
@@ -225,9 +237,10 @@ def _block(
     for run in sorted(runs, key=lambda run: run.result.seed):
         groups.setdefault(called[labels.row_key(run.result)], []).append(run)
     rows = [_row(label, group, by) for label, group in groups.items()]
+    several = len(rows)
     if question.best_only:
         rows = _best(rows, question.sort or "all")
-    base = _baseline(rows, question.baseline, by)
+    base = _baseline(rows, question.baseline, by, question.best_only)
     rows = [_against(row, base, question.told) for row in rows]
     block = Block(
         title=title,
@@ -237,7 +250,8 @@ def _block(
         deltas=question.deltas,
         rows=tuple(_sorted(rows, question.sort, by)),
         published=tuple(_beside(published, runs[0].result, by)),
-        chosen_by=(question.sort or "all") if question.best_only else None,
+        chosen_by=(question.sort or "all") if len(rows) < several else None,
+        selected_by=question.selected_by,
     )
     return _marked(block)
 
@@ -285,10 +299,13 @@ def _best(rows: Sequence[Row], metric: str) -> list[Row]:
     return list(kept.values())
 
 
-def _baseline(rows: Sequence[Row], asked: str | None, by: By) -> Row | None:
+def _baseline(rows: Sequence[Row], asked: str | None, by: By, best_only: bool) -> Row | None:
     """The row that is asked for: by its label, or by a name that only one row has."""
     usual = [BASELINES.get(key) for key in by]
-    wanted = asked or (" · ".join(map(str, usual)) if None not in usual else None)
+    if best_only:  # one row a name
+        usual = usual[:1]
+    wanted = " · ".join(map(str, usual)) if None not in usual else None
+    wanted = asked if asked is not None else wanted
     for called in ([r for r in rows if r.label == wanted], [r for r in rows if r.name == wanted]):
         if len(called) == 1:
             return called[0]
@@ -372,10 +389,10 @@ def _delta(row: Row, base: Row, metric: str) -> Delta | None:
 def _marked(block: Block) -> Block:
     """The block with the tests of its family: the tested metric of all rows with enough seeds.
 
-    Rows that were chosen on the images that they are compared on are not tested.
+    Rows that were chosen by their own outcome are not tested.
     """
     base = block.reference
-    if base is None or base.n < MIN_SEEDS or block.optimistic:
+    if base is None or base.n < MIN_SEEDS or block.selection:
         return block
     family = {
         row.label: delta.estimate.p
@@ -393,13 +410,21 @@ def _tested(row: Row, p: float | None) -> Row:
     return replace(row, deltas={**row.deltas, TESTED: delta})
 
 
-def missing_seeds(blocks: Sequence[Block]) -> Iterator[str]:
-    """A line for each row that lacks seeds which other rows of its block have."""
+def missing_seeds(blocks: Sequence[Block], runs: Iterable[Run]) -> Iterator[str]:
+    """A line for each row that lacks seeds which other rows of its block have.
+
+    Args:
+        blocks: of the comparison.
+        runs: all that there are; what of them was not selected is not missing.
+    """
+    there = {(labels.row_key(run.result), run.result.seed) for run in runs}
     for block in blocks:
         wanted = sorted({seed for row in block.rows for seed in row.seeds})
         for row in block.rows:
-            if lacking := [seed for seed in wanted if seed not in row.seeds]:
+            key = labels.row_key(row.first)
+            lacking = [s for s in wanted if s not in row.seeds and (key, s) not in there]
+            if lacking:
                 setting = row.runs[0].directory.parent
                 where = f"{setting}/seed{lacking[0]}" + (", …" if len(lacking) > 1 else "")
-                seeds = ", ".join(map(str, lacking))
-                yield f"{row.label} lacks seed {seeds} of {block.title}: {where}"
+                seeds = f"seed{'s' if len(lacking) > 1 else ''} {', '.join(map(str, lacking))}"
+                yield f"{row.label} lacks {seeds} of {block.title}: {where}"

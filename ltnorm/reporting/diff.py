@@ -225,7 +225,10 @@ def _setting(found: Diff) -> Text:
         return Text("the recipes are alike, but not the fingerprints: of other versions of ltnorm")
     number = f"{len(found.recipe)} key" + ("s" if len(found.recipe) > 1 else "")
     if found.same_setting:
-        return Text(f"the same setting: {number} of the recipes differ without effect")
+        return Text(
+            f"the same fingerprint, but {number} of the recipes differ: of two versions of ltnorm, "
+            "or a recipe.yaml was changed"
+        )
     return Text(f"two settings: {number} of the recipes differ")
 
 

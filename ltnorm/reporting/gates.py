@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ltnorm.errors import LtnormError, UsageError, did_you_mean
+from ltnorm.registry import NORMS
 from ltnorm.reporting.compare import LOWER_IS_BETTER, Block, Row
 from ltnorm.reporting.schema import METRICS
-from ltnorm.reporting.wording import interval, points
 
 
 class GateFailed(LtnormError):
@@ -37,6 +37,11 @@ class Gate:
         flag = "--fail-unless" if unless else "--fail-below"
         metric, _, number = text.partition("=")
         known = [name for name in METRICS if name not in LOWER_IS_BETTER]
+        if metric in LOWER_IS_BETTER:
+            raise UsageError(
+                f"{flag} {text}: of {metric} less is better, which gates do not have",
+                f"choose from {', '.join(known)}",
+            )
         if metric not in known:
             raise UsageError(f"{flag} {text}: no such metric", did_you_mean(metric, known))
         try:
@@ -54,49 +59,59 @@ class Gate:
             return f"{row.label} has no {self.metric} to be told from the baseline's"
         low, high = delta.estimate.low, delta.estimate.high
         if low is None or high is None:
-            return f"{row.label} has no interval: a row and its baseline need 2 seeds each"
-        shown = f"Δ {self.metric} of {row.label} is {interval((low, high), self.metric)}"
+            few = delta.estimate.sd is None
+            why = "a row and its baseline need 2 seeds each" if few else "its seeds have no spread"
+            return f"{row.label} has no interval: {why}"
+        shown = f"Δ {self.metric} of {row.label} is [{low:+.2f}, {high:+.2f}]"
         if self.unless and low < self.bound:
-            return f"{shown}, its lower end below {points(self.bound)}"
+            return f"{shown}, its lower end below {self.bound:+g}"
         if not self.unless and high < self.bound:
-            return f"{shown}, all of it below {points(self.bound)}"
+            return f"{shown}, all of it below {self.bound:+g}"
         return None
 
 
 def check(gates: Sequence[Gate], blocks: Sequence[Block], norms: Iterable[str] = ()) -> None:
-    """Raises GateFailed if a row does not pass; it names all that do not.
+    """Check that every row passes every gate.
 
     Args:
         gates: each is asked of each row.
         blocks: of the comparison.
         norms: the norms whose rows are asked; none are all rows but the baseline.
+
+    Raises:
+        UsageError: a norm that does not exist.
+        GateFailed: a row does not pass, or cannot be judged; it names all of them.
     """
+    for norm in norms:
+        if norm not in NORMS:
+            raise UsageError(f"--norm {norm}: no such norm", did_you_mean(norm, NORMS))
     failures = list(dict.fromkeys(_failures(gates, blocks, tuple(norms))))
     if failures:
         count = f" ({len(failures)} failures)" if len(failures) > 1 else ""
         raise GateFailed(
             f"gate failed{count}: {'; '.join(failures)}",
-            "the rule is in the legend of the table; more seeds make intervals narrower",
+            "what cannot be judged fails, too; more seeds make intervals narrower",
         )
 
 
 def _failures(
     gates: Sequence[Gate], blocks: Sequence[Block], norms: Sequence[str]
 ) -> Iterator[str]:
-    asked = 0
+    found: set[str] = set()
     for block in blocks:
         rows = [row for row in block.others if not norms or row.first.norm in norms]
+        found |= {row.first.norm for row in rows}
         if rows and block.reference is None:
             yield f"there is no baseline in {block.title}"
-            continue
-        for row in rows:
-            asked += 1
-            for gate in gates:
-                if why := gate.failure(row):
-                    yield f"{why} ({block.title})"
-    found = {row.first.norm for block in blocks for row in block.others}
+        elif rows and block.selection:
+            yield f"the rows of {block.title} cannot be judged: {block.selection}"
+        else:
+            for row in rows:
+                for gate in gates:
+                    if why := gate.failure(row):
+                        yield f"{why} ({block.title})"
     for norm in norms:
         if norm not in found:
             yield f"there is no row of {norm} besides the baseline"
-    if not asked and not norms:
+    if not found and not norms:
         yield "there is no row besides the baseline"

@@ -11,6 +11,7 @@ from ltnorm.reporting.schema import PER_CLASS, PREDICTIONS, Run, read_per_class
 # Metrics that are sums over classes of weighted accuracies, as the bootstrap needs.
 METRICS = ("all", "head", "medium", "tail")
 Runs = Sequence[Run]
+AGAIN = "`ltnorm train --force` makes the run anew"
 
 
 def intervals(
@@ -18,7 +19,7 @@ def intervals(
 ) -> tuple[list[dict[str, Interval]], list[str | None]]:
     """Intervals of the differences between settings, by metric, and what is damaged, one a pair.
 
-    Without the predictions of all runs of a pair, or where they are of other images, it has none.
+    Without predictions a pair has none, and nothing is damaged.
 
     Args:
         pairs: the runs of a setting, and those of its reference.
@@ -40,6 +41,8 @@ def intervals(
     for (i, metric), interval in zip(owners, bootstrap.intervals(contrasts), strict=True):
         if interval:
             by_pair[i][metric] = interval
+        else:
+            problems[i] = f"{pairs[i][0][0].directory} was tested on other images"
     return by_pair, problems
 
 
@@ -51,11 +54,25 @@ class _Files:
         self.groups: dict[Path, list[str]] = {}
 
     def contrasts(self, ours: Runs, theirs: Runs, metrics: Sequence[str]) -> dict[str, Contrast]:
-        """What is to be computed for a pair; nothing without all predictions."""
-        if not all((run.directory / PREDICTIONS).is_file() for run in (*ours, *theirs)):
+        """What is to be computed for a pair; nothing without any predictions.
+
+        Raises:
+            LtnormError: a file is damaged, or some runs lack what others have.
+        """
+        files = [run.directory / PREDICTIONS for run in (*ours, *theirs)]
+        missing = [file for file in files if not file.is_file()]
+        if len(missing) == len(files):
             return {}
+        if missing:
+            raise LtnormError(f"there is no {missing[0]}", AGAIN)
         sides = [[self._predictions(run.directory) for run in side] for side in (ours, theirs)]
         labels = sides[0][0].labels
+        for side in (ours, theirs):
+            directory = side[0].directory
+            if labels.max(initial=-1) >= len(self._groups(directory)):
+                raise LtnormError(
+                    f"{directory / PER_CLASS} lacks classes that {PREDICTIONS} has", AGAIN
+                )
         found = {}
         for metric in metrics:
             weights = [

@@ -8,7 +8,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -30,13 +30,16 @@ def key_of(name: str) -> str:
         UsageError: the recipe has no such section or key, or runs that differ in it are one row.
     """
     key = SHORT.get(name, name)
-    known = [*SHORT, *sorted({k.partition(".")[0] for k in defaults()} - {"identity"}), *defaults()]
+    key = key.removesuffix(".name") if key in [f"{part}.name" for part in NAMED] else key
+    sections = {k.partition(".")[0] for k in defaults()}
+    known = list(dict.fromkeys([*SHORT, *sorted(sections), *defaults()]))
     apart = ("seed", "device", "workers", "eval.every")
     # Options of a named entry are known to the entry alone.
     if (key not in known and key.partition(".")[0] not in NAMED) or key in apart:
         raise UsageError(
             f"rows cannot be told apart by '{name}'",
-            did_you_mean(name, [k for k in known if k not in apart]),
+            did_you_mean(name, [k for k in known if "." not in k and k not in apart])
+            + ", or a dotted key: train.lr",
         )
     return key
 
@@ -139,14 +142,28 @@ def _parts(result: Result, by: By) -> list[str]:
             name, options = getattr(result, part), getattr(result, f"{part}_options")
             parts.append(f"{name} ({options})" if options else name)
         elif part in NAMED:
-            options = {k: v for k, v in own.items() if within(k, (part,)) and k != f"{part}.name"}
-            parts.append(" ".join([own[f"{part}.name"], *_told(options)]))
+            parts.append(" ".join([own[f"{part}.name"], *_below(own, part)]))
+        elif part == "dataset":
+            parts.append(result.set_id)
+        elif part == "retrain":
+            parts.append(" ".join([result.retrain or "no retrain", *_below(own, part)]))
         elif part in defaults() or "." in part:
-            parts += _told({part: own.get(part, defaults().get(part, "default"))})
+            parts.append(_told(part, own.get(part, defaults().get(part, "default"))))
         else:
-            changed = {k: v for k, v in own.items() if within(k, (part,))}
-            parts.append(" ".join(_told(changed)) or f"default {part}")
+            parts.append(" ".join(_below(own, part)) or f"default {part}")
     return parts
+
+
+def _below(own: Mapping[str, Any], part: str) -> list[str]:
+    """The settings of a section but its name, each as `key value`."""
+    named = (f"{part}.name", f"{part}.method")
+    found = {k: v for k, v in own.items() if within(k, (part,)) and k not in named}
+    return [_told(key.removeprefix(f"{part}."), value) for key, value in found.items()]
+
+
+def called(result: Result, key: str) -> str:
+    """What a run has at a key of `--by` or `--pivot`, in a few words."""
+    return _parts(result, (key,))[0]
 
 
 def of_keys(keys: Mapping[str, Any], by: By) -> list[str]:
@@ -160,12 +177,13 @@ def of_keys(keys: Mapping[str, Any], by: By) -> list[str]:
             told = ", ".join(f"{k.partition('.')[2]}={plain(v)}" for k, v in changed.items())
             parts.append(f"{name} ({told})" if told else name)
         else:
-            parts += [" ".join(_told(changed))] if changed else []
+            parts += [" ".join(map(_told, changed, changed.values()))] if changed else []
     return parts
 
 
-def _told(changed: Mapping[str, Any]) -> list[str]:
-    return [f"{key.rpartition('.')[2]} {plain(value)[:40]}" for key, value in changed.items()]
+def _told(key: str, value: Any) -> str:
+    *_, last = key.removesuffix(".name").split(".")
+    return f"no {last}" if value is None else f"{last} {plain(value)[:40]}"
 
 
 def plain(value: Any) -> str:
@@ -187,19 +205,23 @@ def titles(first: Sequence[Result], by: By) -> list[str]:
 
     Where that reads alike, the settings that tell the blocks apart.
     """
-    flat = [settings(result) for result in first]
-    names = [_name(result, own, by) for result, own in zip(first, flat, strict=True)]
-    found = []
-    for name, own in zip(names, flat, strict=True):
-        alike = [other for other, n in zip(flat, names, strict=True) if n == name]
-        values = {
-            key: plain(own.get(key, defaults().get(key, "default")))
-            for key in _differing(alike)
-            if not within(key, by) and key != "norm.name"
-        }
-        told = (f"{k} {v[:8] if k == 'model.pretrained' else v}" for k, v in values.items())
-        found.append(" · ".join([name, *told]))
-    return found
+    groups: dict[str, list[Result]] = {}
+    for result in first:
+        groups.setdefault(_name(result, settings(result), by), []).append(result)
+    found = {}
+    for name, alike in groups.items():
+        keys = _differing([settings(result) for result in alike])
+        keys = [key for key in keys if not within(key, by) and key != "norm.name"]
+        for result in alike:
+            found[id(result)] = " · ".join([name, *_apart(result, keys)])
+    return [found[id(result)] for result in first]
+
+
+def _apart(result: Result, keys: Iterable[str]) -> Iterator[str]:
+    """What a run has of keys that tell blocks apart."""
+    for key in keys:
+        told = plain(settings(result).get(key, defaults().get(key, "default")))
+        yield f"{key} {told[:8] if key == 'model.pretrained' else told}"
 
 
 def _differing(several: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -327,6 +327,8 @@ def read_per_class(path: Path) -> list[ClassRow]:
     if tuple(header) != CLASS_COLUMNS or not rows:
         raise LtnormError(f"{path} is damaged: it has no rows of {', '.join(CLASS_COLUMNS)}", hint)
     kinds = [f.type for f in dataclasses.fields(ClassRow)]
+    if any(len(row) != len(kinds) for row in rows):
+        raise LtnormError(f"{path} is damaged: it is cut off", hint)
     try:
         return [ClassRow(*(_parse(c, k) for c, k in zip(row, kinds, strict=True))) for row in rows]
     except ValueError as error:

@@ -30,10 +30,11 @@ class Estimate:
 
     Attributes:
         delta: mean of the values minus mean of the reference.
-        low, high: the `CONFIDENCE` interval; None where there is none (one seed on a side).
+        low, high: the `CONFIDENCE` interval; None where there is none (one seed on a
+            side, or a difference other than 0 without any spread).
         p: two-sided and unadjusted; None without an interval.
         sd: of the paired differences, or sqrt(s_a^2 + s_b^2) of unpaired sides: with n seeds (on
-            each side) the standard error of delta is sd / sqrt(n). None without an interval.
+            each side) the standard error of delta is sd / sqrt(n). None for one seed on a side.
         df: degrees of freedom of the t distribution. None without an interval.
         df_per_seed: with n seeds (on each side) df is df_per_seed (n - 1): 1 if paired, 1 to 2
             if not. None without an interval.
@@ -174,8 +175,10 @@ def _estimate(
 ) -> Estimate:
     """The estimate from the standard error `error` of delta; `size` is that of the values."""
     if error == 0:
-        delta = 0.0 if abs(delta) <= ROUNDING * size else delta
-        return Estimate(delta, delta, delta, float(delta == 0), 0.0, df, df_per_seed)
+        if abs(delta) <= ROUNDING * size:
+            return Estimate(0.0, 0.0, 0.0, 1.0, 0.0, df, df_per_seed)
+        # A few equal differences would make any difference certain: there is nothing to judge by.
+        return Estimate(delta, sd=0.0, df=df, df_per_seed=df_per_seed)
     p = 2 * float(stdtr(df, -abs(delta) / error))
     margin = _critical(df) * error
     return Estimate(delta, delta - margin, delta + margin, p, sd, df, df_per_seed)

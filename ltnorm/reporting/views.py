@@ -49,15 +49,15 @@ def pivot(blocks: Sequence[Block], key: str) -> list[Pivot]:
     titles = labels.titles([g[0].first for g in groups.values()], (*blocks[0].by, key))
     found = []
     for title, group in zip(titles, groups.values(), strict=True):
-        valued = [(labels.value(block.first, key), block) for block in group]
-        valued.sort(key=lambda pair: labels.natural(labels.plain(pair[0])))
+        valued = [(labels.called(block.first, key), block) for block in group]
+        valued.sort(key=lambda pair: labels.natural(pair[0]))
         short = key.rpartition(".")[2]
         down = " × ".join(part.rpartition(".")[2] for part in group[0].by)
         found.append(
             Pivot(
                 title=title,
                 corner=f"{down} \\ {short}",
-                values=[f"{short} {labels.plain(value)}" for value, _ in valued],
+                values=[value for value, _ in valued],
                 blocks=[block for _, block in valued],
             )
         )
@@ -114,6 +114,10 @@ def per_class(block: Block) -> tuple[ClassTable | None, list[str]]:
                 found = read_per_class(run.directory / PER_CLASS)
             except LtnormError as error:
                 warnings.append(f"left out: {error.message}")
+                continue
+            first = run.result
+            if len(found) != first.head_classes + first.medium_classes + first.tail_classes:
+                warnings.append(f"left out: {run.directory / PER_CLASS} lacks classes")
                 continue
             classes = classes or found
             if [one.name for one in found] != [one.name for one in classes]:

@@ -52,17 +52,18 @@ def outcome(block: Block) -> str:
     deltas = [(row, row.deltas[TESTED]) for row in block.others if TESTED in row.deltas]
     if not deltas:
         return "There is no tail class here, so no row is judged."
-    if block.optimistic:
-        return (
-            f"Rows were chosen by their {heading(block.chosen_by or '')} on these very images, "
-            "so no row is judged; choose on validation images (--eval-split val)."
-        )
+    if block.selection:
+        instead = "" if block.selected_by else "; choose on validation images (--eval-split val)"
+        return f"No row is judged, since {block.selection}{instead}."
     judged = [(row, delta) for row, delta in deltas if delta.adjusted_p is not None]
     few = [row.label for row, delta in deltas if delta.adjusted_p is None]
     parts = _verdicts(judged, base)
     if few:
         n = min(row.n for row in block.rows if row.is_baseline or row.label in few)
-        has = "1 seed has no spread" if n == 1 else f"{n} seeds are fewer than {MIN_SEEDS}"
+        has = (
+            f"{n} seeds are fewer than {MIN_SEEDS}" if n < MIN_SEEDS else "its seeds have no spread"
+        )
+        has = "1 seed has no spread" if n == 1 else has
         parts.append(f"{listed(few)} {'is' if len(few) == 1 else 'are'} not judged ({has})")
     return f"Tail accuracy against {base.label}: {'; '.join(parts)}."
 
