@@ -38,7 +38,10 @@ def difference(ours, theirs, w, w_theirs, drawn):
     for c, images in enumerate(drawn):
         a = np.mean([run.correct[images].mean(1) for run in ours], axis=0)
         b = np.mean([run.correct[images].mean(1) for run in theirs], axis=0)
-        total = total + 100 * (w[c] * a - w_theirs[c] * b)
+        values = 100 * (w[c] * a - w_theirs[c] * b)
+        # n draws have (n - 1) / n of the variance of the class.
+        n = images.shape[1]
+        total = total + values.mean() + (values - values.mean()) * math.sqrt(n / (n - 1))
     return total
 
 
@@ -54,7 +57,7 @@ def slow(ours, theirs, w, w_theirs, resamples=10_000, seed=1):
 
 @pytest.mark.parametrize(
     "sizes",
-    [[40, 40, 40], [1, 2, 3, 25], [300, 21, 8], [2100, 20], [2001]],
+    [[40, 40, 40], [2, 3, 4, 25], [300, 21, 8], [2100, 20], [2001]],
     ids=["equal", "small", "unequal", "one large", "large"],
 )
 @pytest.mark.parametrize("same_groups", [True, False])
@@ -78,7 +81,7 @@ def test_its_deviation_is_that_of_a_stratified_mean():
     per_image, labels = 100 * (shares[0] - shares[1]), ours[0].labels
     classes = [per_image[labels == c] for c in range(4)]
     centre = sum(w[c] * v.mean() for c, v in enumerate(classes))
-    sd = math.sqrt(sum(w[c] ** 2 * v.var() / len(v) for c, v in enumerate(classes)))
+    sd = math.sqrt(sum(w[c] ** 2 * v.var(ddof=1) / len(v) for c, v in enumerate(classes)))
     low, high = interval(ours, theirs, w, w, resamples=20_000)
     assert (low + high) / 2 == pytest.approx(centre, abs=0.1 * sd)
     assert (high - low) / (2 * 1.96) == pytest.approx(sd, rel=0.04)
@@ -297,3 +300,10 @@ def test_an_array_alone_a_folder_and_nothing_are_refused(tmp_path):
     for name in ("one.npz", "folder.npz", "missing.npz"):
         with pytest.raises(LtnormError, match=name):
             read(tmp_path / name)
+
+
+def test_a_class_of_one_image_has_no_spread_to_tell():
+    ours, theirs = two_settings([1, 30])
+    weights = np.array([0.5, 0.5])
+    assert interval(ours, theirs, weights, weights) is None
+    assert interval(ours, theirs, np.array([0.0, 1.0]), np.array([0.0, 1.0])) is not None

@@ -13,8 +13,8 @@ from made import result, write_run
 
 from ltnorm import resolve as recipes
 from ltnorm.errors import LtnormError, NothingFound, UsageError
+from ltnorm.reporting import bootstrap, export, labels, schema, sheets, views, wording
 from ltnorm.reporting import compare as comparing
-from ltnorm.reporting import export, labels, schema, sheets, views, wording
 from ltnorm.reporting.compare import Question
 from ltnorm.reporting.load import frame, load
 from ltnorm.reporting.schema import Run
@@ -453,7 +453,9 @@ def test_the_best_of_a_name_is_kept():
     assert "chosen" in wording.outcome(block)
     held_out = [dataclasses.replace(run, eval_split="val") for run in runs]
     [block] = compare(held_out, by=("norm", "train.lr"), best_only=True, baseline="bn")
-    assert block.rows[1].deltas["tail"].marked
+    # Validation images on which rows were chosen are no better.
+    assert not block.rows[1].deltas["tail"].marked
+    assert "run what was chosen on the test set" in wording.outcome(block)
 
 
 def test_missing_seeds_are_told_with_their_place():
@@ -502,7 +504,7 @@ def test_classes_are_averaged_over_seeds_and_told_from_the_baseline(tmp_path):
     table, warnings = views.per_class(block)
     assert warnings == []
     [sheet] = [sheets.of_classes(table)]
-    assert sheet.headings == ["class", "name", "images", "group", "bn", "gn", "Δ gn"]
+    assert sheet.headings[4:] == ["bn (n=3)", "gn (n=3)", "Δ gn"]
     assert sheet.rows[9] == ["9", "class 9", "5", "tail", "11.0 ± 1.0", "12.0 ± 1.0", "+1.0"]
     (runs[4].directory / "per_class.csv").unlink()
     table, warnings = views.per_class(block)
@@ -517,3 +519,64 @@ def test_the_runs_are_a_data_frame(tmp_path):
     assert set(runs["directory"]) == {str(run.directory) for run in made}
     assert runs.groupby("norm")["tail"].mean().to_dict() == {"bn": 0.5, "gn": 0.5}
     assert runs["retrain"].isna().all()
+
+
+def test_the_fewer_seeds_of_both_are_what_a_row_shows():
+    runs = [*seeds("bn", [10.0, 12.0, 14.5]), *seeds("gn", [10.0, 13.0, 12.0, 11.0, 14.0])]
+    [block] = compare([*runs, result("split", seed=0, tail=11.0), result("frn", tail=None)])
+    told = wording.outcome(block)
+    assert "no difference that 3 seeds can show with gn" in told
+    assert "split is not judged (1 seed has no spread)" in told
+    assert "frn is without a tail" in told
+
+
+def test_each_side_has_its_own_groups(tmp_path, monkeypatch):
+    """Where rows differ in their images, a class may be of the tail in one alone."""
+    asked = []
+    monkeypatch.setattr(bootstrap, "class_weights", lambda metric, groups, _: asked.append(groups))
+    runs = [write_run(tmp_path, result(norm)) for norm in ("bn", "gn")]
+    rows = schema.read_per_class(runs[1].directory / schema.PER_CLASS)
+    others = [dataclasses.replace(row, group="medium") for row in rows]
+    schema.write_per_class(runs[1].directory, others)
+    comparing.compare(runs, Question(over_images=("tail",)))
+    assert sorted(map(len, map(set, asked))) == [1, 3]
+
+
+def test_a_second_on_two_devices_is_never_averaged():
+    flags = {"train.seconds": 60.0}
+    runs = [result(seed=0, flags=flags), result(seed=1, flags=flags, device="H100")]
+    blocks = compare(runs, by=("train.seconds",))
+    assert [row.n for block in blocks for row in block.rows] == [1, 1]
+
+
+def test_blocks_of_other_images_have_titles_and_columns_of_their_own():
+    runs = [result(index_sha256=sha) for sha in ("aaaaaaaa", "bbbbbbbb")]
+    runs.append(result(group_scheme="thirds", index_sha256="aaaaaaaa"))
+    blocks = compare(runs)
+    assert len({block.title for block in blocks}) == 3
+    [pivot] = views.pivot(blocks, "dataset.ratio")
+    assert len(set(pivot.values)) == 3
+
+
+def test_numbers_sort_by_their_value():
+    names = ["lr 0.1", "lr 1e-05", "lr 0.01", "ratio 100", "ratio 20", "lr 1"]
+    expected = ["lr 1e-05", "lr 0.01", "lr 0.1", "lr 1", "ratio 20", "ratio 100"]
+    assert sorted(names, key=labels.natural) == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "called"),
+    [
+        ("loss", ["ce", "ldam (schedule=drw)"]),
+        ("retrain", ["no retrain", "crt epochs 5"]),
+        ("tag", ["no tag", "tag t1"]),
+    ],
+)
+def test_sections_are_called_by_what_they_are(section, called):
+    changed = {
+        "loss": {"loss.name": "ldam", "loss.schedule": "drw"},
+        "retrain": {"retrain.method": "crt", "retrain.epochs": 5},
+        "tag": {"tag": "t1"},
+    }[section]
+    runs = [result(), result(flags=changed)]
+    assert [labels.called(run, section) for run in runs] == called

@@ -36,7 +36,7 @@ def test_the_table_has_both_intervals_and_says_how(ltnorm, tree):
     [row] = [line for line in answer.out.splitlines() if line.startswith("gn ")]
     assert "+2.0 [+1.8, +2.2]*" in row
     assert "over images" in answer.out
-    for rule in ("paired t", "Holm", "bootstrap by class", "last epoch", "sample standard"):
+    for rule in ("paired t", "Holm", "bootstrap draws, by class", "last epoch", "sample standard"):
         assert rule in " ".join(answer.out.split())
     assert "Tail accuracy against bn: higher with gn (+2.0 points, [+1.8, +2.2])." in answer.out
 

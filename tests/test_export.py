@@ -36,7 +36,13 @@ def blocks():
     runs.append(result("bn", flags={"loss.name": "ldam"}, tag=HOSTILE))
     made = [Run(run, Path(f"results/{i}")) for i, run in enumerate(runs)]
     paper = published.Published(
-        keys={"norm.name": "bn", "loss.name": "ce"},
+        keys={
+            "norm.name": "bn",
+            "loss.name": "ce",
+            "dataset.name": "synthetic",
+            "model.name": "resnet32",
+            "train.epochs": 200,
+        },
         label="A & B's paper",
         paper="A & B's paper",
         values={"all": 70.36},

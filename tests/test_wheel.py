@@ -1,5 +1,6 @@
 """The built wheel, installed into a clean environment."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,10 @@ UV = shutil.which("uv")
 
 @pytest.mark.skipif(UV is None, reason="needs uv")
 def test_the_wheel_brings_what_is_no_code(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
     def run(*command, cwd=tmp_path):
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -153,6 +153,7 @@ def command(
     _check_baseline(blocks, baseline, output)
     if published and not any(block.published for block in blocks):
         output.warn("no published number was found with the settings of any table here")
+    view = _view(blocks, across, per_class, output)
     if (plot and drawable) or html:
         _warn([one for block in blocks for one in views.per_class(block)[1]], output)
     if plot and drawable:
@@ -165,7 +166,7 @@ def command(
 
         schema.write_text(html, page.page(blocks))
         output.note(f"page written to {html}")
-    _print(_view(blocks, across, per_class, output), format, out, output)
+    _print(view, format, out, output)
     if plot and not drawable and format is Format.table:
         from ltnorm.reporting import figures
 

@@ -6,6 +6,7 @@ other networks, the same images), so the two are never mixed.
 
 import functools
 import io
+import math
 import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -131,13 +132,14 @@ class Contrast:
         return self.ours[0].labels
 
     def is_possible(self) -> bool:
-        """Whether all runs are of the same images, and some for each class that counts."""
+        """Whether all runs are of the same images, two or more of each class that counts."""
         runs = [*self.ours, *self.theirs]
         if not all(np.array_equal(self.labels, run.labels) for run in runs):
             return False
         sides = (self.ours_weights, self.theirs_weights)
         images = np.bincount(self.labels, minlength=len(sides[0]))
-        return len(images) == len(sides[0]) and all(w.any() and images[w != 0].all() for w in sides)
+        enough = images > 1  # one image has no spread
+        return len(images) == len(sides[0]) and all(w.any() and enough[w != 0].all() for w in sides)
 
     def values(self) -> np.ndarray:
         """Points of each image, [N], such that the sum over classes of their means is the delta."""
@@ -205,7 +207,10 @@ def _drawn(labels: np.ndarray, values: np.ndarray, resamples: int, seed: int) ->
         if values[images].any():  # else the class counts for nothing
             means = _means if len(images) <= LARGE_CLASS else _means_of_many
             # Draws of its own for each class: a column does not depend on what the others skip.
-            sums += means(values[images], resamples, [seed, c])
+            drawn, n = means(values[images], resamples, [seed, c]), len(images)
+            centre = values[images].mean(axis=0)
+            # The variance of n draws is that of the class times (n - 1) / n: too little for few.
+            sums += centre + (drawn - centre) * math.sqrt(n / max(n - 1, 1))
     return sums
 
 

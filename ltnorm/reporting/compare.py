@@ -148,7 +148,7 @@ class Block:
         """Why no row can be judged: what is shown was chosen by its own outcome."""
         if self.selected_by:
             return f"runs were selected by their {', '.join(self.selected_by)}"
-        if self.chosen_by and self.first.eval_split == "test":
+        if self.chosen_by:
             return f"rows were chosen by their {self.chosen_by} on these very images"
         return None
 

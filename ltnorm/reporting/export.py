@@ -144,7 +144,7 @@ def _latex_row(row: Sequence[str]) -> str:
 def latex_text(text: str) -> str:
     """Text that LaTeX prints as it is; letters that are not Latin need LuaLaTeX or XeLaTeX."""
     text = "".join(LATEX.get(sign, sign if sign.isprintable() else " ") for sign in text)
-    return re.sub(r"(?<![\w$])-(?=\d)", "$-$", text)
+    return re.sub(r"(?<![\w$-])-(?=\d)", "$-$", text)
 
 
 def html_tables(sheets: Sequence[Sheet]) -> str:

@@ -11,6 +11,7 @@ from ltnorm.reporting import panels, plots, sheets, views
 from ltnorm.reporting.axes import SMALL
 from ltnorm.reporting.compare import Block
 from ltnorm.reporting.curves import curves
+from ltnorm.reporting.labels import within
 from ltnorm.reporting.looks import Look, looks
 from ltnorm.reporting.panels import GROUPS, Plot, Scene
 from ltnorm.reporting.views import Pivot
@@ -125,7 +126,7 @@ def _scene(block: Block, shown: Mapping[str, Look]) -> Scene:
 
 def _pivots(blocks: Sequence[Block]) -> list[Pivot]:
     """Blocks by ratio; none where rows of a block differ in it."""
-    if any(RATIO.startswith(part) for part in blocks[0].by):
+    if any(within(RATIO, (part,)) for part in blocks[0].by):
         return []
     return views.pivot(blocks, RATIO)
 

@@ -17,6 +17,9 @@ from ltnorm.recipe import BUDGETS, TRAINING_METHODS, Recipe, Retrain
 from ltnorm.reporting.schema import Result
 
 By = tuple[str, ...]
+# Fingerprint, hash of the images, scheme of the groups, and the device of a budget of time.
+RowKey = tuple[str, str, str, str]
+_MISSING = object()
 # What `--by` and `--pivot` take besides the keys of the recipe.
 SHORT = {"ratio": "dataset.ratio"}
 # The sections that are called by the name of their entry.
@@ -33,7 +36,8 @@ def key_of(name: str) -> str:
     key = key.removesuffix(".name") if key in [f"{part}.name" for part in NAMED] else key
     sections = {k.partition(".")[0] for k in defaults()}
     known = list(dict.fromkeys([*SHORT, *sorted(sections), *defaults()]))
-    apart = ("seed", "device", "workers", "eval.every")
+    # Runs that differ in these are of one row, or were not measured on the same images.
+    apart = ("seed", "device", "workers", "eval", "eval.every", "eval.split")
     # Options of a named entry are known to the entry alone.
     if (key not in known and key.partition(".")[0] not in NAMED) or key in apart:
         raise UsageError(
@@ -56,7 +60,7 @@ def natural(text: str) -> list[Any]:
     """A key that sorts numbers in a text by their value."""
     return [
         (0, float(p), "") if i % 2 else (1, 0.0, p)
-        for i, p in enumerate(re.split(r"(\d+(?:\.\d+)?)", text))
+        for i, p in enumerate(re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text))
     ]
 
 
@@ -101,8 +105,8 @@ def within(key: str, by: By) -> bool:
 def shared(result: Result, by: By) -> str:
     """What a run shares with its block: all settings outside `by`, and the images themselves."""
     kept: dict[str, Any] = {k: v for k, v in settings(result).items() if not within(k, by)}
-    if "train.seconds" in kept:  # a second is as much as the device does in it
-        kept["device"] = result.device
+    if device := _budget_device(result):
+        kept["device"] = device
     if not _other_images(by):
         kept["index_sha256"] = result.index_sha256
         kept["group_scheme"] = result.group_scheme
@@ -113,12 +117,18 @@ def _other_images(by: By) -> bool:
     return any(part.startswith("dataset") for part in by)
 
 
-def row_key(result: Result) -> tuple[str, str, str]:
+def _budget_device(result: Result) -> str:
+    """The device where the budget is one of time: a second is as much as it does in it."""
+    return result.device if "train.seconds" in settings(result) else ""
+
+
+def row_key(result: Result) -> RowKey:
     """What the runs of one row share: only their seeds are averaged."""
-    return result.fingerprint, result.index_sha256, result.group_scheme
+    device = _budget_device(result)
+    return result.fingerprint, result.index_sha256, result.group_scheme, device
 
 
-def labels(results: Sequence[Result], by: By) -> dict[tuple[str, str, str], str]:
+def labels(results: Sequence[Result], by: By) -> dict[RowKey, str]:
     """A label for each row of a block: what it has of `by`, without what is the default.
 
     Where defaults have changed between versions two settings can look alike; then the start of
@@ -126,11 +136,11 @@ def labels(results: Sequence[Result], by: By) -> dict[tuple[str, str, str], str]
     """
     rows = {row_key(result): result for result in results}
     called = {key: " · ".join(_parts(result, by)) for key, result in rows.items()}
-    for start in (0, 1):
+    for part in range(len(RowKey.__args__)):
         twice = {label for label, count in Counter(called.values()).items() if count > 1}
         for key, label in called.items():
             if label in twice:
-                called[key] = f"{label} [{key[start][:6]}]"
+                called[key] = f"{label} [{key[part][:6]}]"
     return called
 
 
@@ -155,9 +165,13 @@ def _parts(result: Result, by: By) -> list[str]:
 
 
 def _below(own: Mapping[str, Any], part: str) -> list[str]:
-    """The settings of a section but its name, each as `key value`."""
+    """What of a section is not the default, but its name, each as `key value`."""
     named = (f"{part}.name", f"{part}.method")
-    found = {k: v for k, v in own.items() if within(k, (part,)) and k not in named}
+    found = {
+        key: value
+        for key, value in own.items()
+        if within(key, (part,)) and key not in named and value != defaults().get(key, _MISSING)
+    }
     return [_told(key.removeprefix(f"{part}."), value) for key, value in found.items()]
 
 
@@ -214,6 +228,10 @@ def titles(first: Sequence[Result], by: By) -> list[str]:
         keys = [key for key in keys if not within(key, by) and key != "norm.name"]
         for result in alike:
             found[id(result)] = " · ".join([name, *_apart(result, keys)])
+    twice = {title for title, count in Counter(found.values()).items() if count > 1}
+    for result in first:
+        if (title := found[id(result)]) in twice:
+            found[id(result)] = f"{title} · images {result.index_sha256[:6]} {result.group_scheme}"
     return [found[id(result)] for result in first]
 
 
@@ -260,6 +278,6 @@ def _images(run: Result, by: By) -> str:
 
 def budget(own: Mapping[str, Any]) -> str:
     """The budget of the first stage in words: `200 epochs`, `500 steps`, `60 seconds`."""
-    [unit] = [unit for unit in BUDGETS if own.get(f"train.{unit}") is not None]
+    [unit, *_] = [unit for unit in BUDGETS if own.get(f"train.{unit}") is not None]
     amount = own[f"train.{unit}"]
     return f"{amount:g} {unit if amount != 1 else unit.removesuffix('s')}"

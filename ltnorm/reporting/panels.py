@@ -13,13 +13,12 @@ from typing import Any
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.reporting import axes, plots
 from ltnorm.reporting.axes import SMALL, Spread
-from ltnorm.reporting.compare import Block, Row
+from ltnorm.reporting.compare import GROUPS, Block, Row
 from ltnorm.reporting.curves import EPOCHS, Curve
 from ltnorm.reporting.looks import Look
 from ltnorm.reporting.ranks import Ranks
 from ltnorm.reporting.views import ClassTable, Pivot
 
-GROUPS = ("head", "medium", "tail")
 MOST_BANDS = 6  # rows whose bands do not cover each other
 # Points that are named, and characters of a name; the legend has them all.
 MOST_NAMES, NAME = 8, 28

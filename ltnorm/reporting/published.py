@@ -33,11 +33,19 @@ KEYS: Mapping[str, str] = {
     "epochs": "train.epochs",
 }
 NUMBERS = ("ratio", "n_max", "epochs")
-OPTIONS = "loss_options"  # as `--set` takes them: base=focal, gamma=1.0
+SETTINGS = "settings"  # more of them, as `--set` takes them: loss.base=focal, loss.gamma=1.0
 TOLD = ("label", "source", "method_source", "note", "trials")
-COLUMNS = (*KEYS, OPTIONS, "metric", "value", *TOLD)
+COLUMNS = (*KEYS, SETTINGS, "metric", "value", *TOLD)
 # Defaults of options that rows name; a recipe's settings leave out what is the default.
 OPTION_DEFAULTS: Mapping[str, Any] = {"loss.base": "focal"}
+# Settings that a run may have besides those that a row names: they do not change what is learned.
+NEUTRAL = ("tag", "train.precision", "eval.groups", "identity")
+# Names are in a run's settings whatever they are.
+USUAL: Mapping[str, Any] = {
+    "sampler.name": "instance",
+    "retrain.sampler.name": "balanced",
+    "retrain.loss.name": "ce",
+}
 HINT = "mend the line, or restore the file that ships with ltnorm"
 
 
@@ -94,7 +102,7 @@ def read(path: Path) -> list[Published]:
     for line, row in _rows(path):
         where = f"{path}, line {line}"
         one = _published(row, where)
-        same = tuple(row[column] for column in (*KEYS, OPTIONS, *TOLD))
+        same = tuple(row[column] for column in (*KEYS, SETTINGS, *TOLD))
         values = found.setdefault(same, one).values
         metric = row["metric"]
         if metric in values:
@@ -115,6 +123,7 @@ def matching(
     """
 
     values = _defaults(settings) | dict(settings)
+    other = [key for key in settings if key not in NEUTRAL and settings[key] != USUAL.get(key)]
 
     def is_shared(key: str) -> bool:
         parts = key.split(".")
@@ -124,6 +133,7 @@ def matching(
         one
         for one in published
         if all(values.get(key) == wanted for key, wanted in one.keys.items() if is_shared(key))
+        and all(key in one.keys for key in other if is_shared(key))
     ]
 
 
@@ -149,7 +159,7 @@ def _published(row: Mapping[str, str], where: str) -> Published:
     for column, key in KEYS.items():
         cell = row[column] or None
         keys[key] = _number(cell, column, where) if cell and column in NUMBERS else cell
-    keys |= {f"loss.{option}": value for option, value in _options(row[OPTIONS], where)}
+    keys |= dict(_settings(row[SETTINGS], where))
     trials = row["trials"]
     if trials and not (trials.isascii() and trials.isdigit()):
         raise LtnormError(f"{where}: trials '{trials}' is not a whole number", HINT)
@@ -159,7 +169,7 @@ def _published(row: Mapping[str, str], where: str) -> Published:
     )
 
 
-def _options(cell: str, where: str) -> Iterator[tuple[str, Any]]:
+def _settings(cell: str, where: str) -> Iterator[tuple[str, Any]]:
     for item in cell.split(",") if cell.strip() else ():
         option, equals, value = item.strip().partition("=")
         try:
@@ -167,7 +177,7 @@ def _options(cell: str, where: str) -> Iterator[tuple[str, Any]]:
                 raise ValueError
             yield option, yaml.safe_load(value)
         except (ValueError, yaml.YAMLError):
-            text = f"{where}: {OPTIONS} '{item.strip()}' is not key=value"
+            text = f"{where}: {SETTINGS} '{item.strip()}' is not key=value"
             raise LtnormError(text, HINT) from None
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ltnorm.errors import LtnormError, NothingFound, UsageError
-from ltnorm.recipe import Recipe
+from ltnorm.recipe import BUDGETS, Recipe
 from ltnorm.reporting import cells
 
 SCHEMA = 2
@@ -267,11 +267,23 @@ def read_result(path: Path) -> Result:
     try:
         result = Result(**{f.name: _parse(row[f.name], f.type) for f in dataclasses.fields(Result)})
         settings = json.loads(result.settings)
-        if not isinstance(settings, dict) or not isinstance(settings.get("norm"), dict):
+        if not _are_settings(settings):
             raise ValueError("its settings are not those of a recipe")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LtnormError(f"{path} is damaged: {error}", hint) from error
     return result
+
+
+def _are_settings(settings: Any) -> bool:
+    """Whether settings have the names and the budget that every recipe has."""
+    if not isinstance(settings, dict):
+        return False
+    sections = [settings.get(key) for key in ("norm", "loss", "model", "dataset", "train")]
+    if not all(isinstance(section, dict) for section in sections):
+        return False
+    *named, train = sections
+    budgets = [train.get(unit) for unit in BUDGETS if isinstance(train.get(unit), int | float)]
+    return len(budgets) == 1 and all(isinstance(one.get("name"), str) for one in named)
 
 
 @functools.cache  # asked for each cell of thousands of files

@@ -15,7 +15,7 @@ from ltnorm.reporting.schema import METRICS, RECIPE
 from ltnorm.reporting.sheets import NONE, quantity
 from ltnorm.reporting.statistics import MIN_SEEDS, mean
 from ltnorm.reporting.views import ClassTable, Pivot
-from ltnorm.reporting.wording import heading
+from ltnorm.reporting.wording import heading, listed
 
 STATISTICS = f"""<section aria-labelledby="statistics">
 <h2 id="statistics">How the numbers are made</h2>
@@ -170,8 +170,9 @@ def crossed(pivot: Pivot) -> list[str]:
             rows.append([Cell(label), *cells])
         made.append(f"<h3>{escape(heading(metric))}</h3>")
         made.append(table(sheet.title, sheet.headings, rows))
-    against = pivot.blocks[0].baseline
-    return [*made, _notes([f"In brackets: points against {against}."] if against else [])]
+    against = list(dict.fromkeys(block.baseline for block in pivot.blocks if block.baseline))
+    told = f"In brackets: points against {listed(against)}, * as above over each column."
+    return [*made, _notes([told] if against else [])]
 
 
 def classes(found: ClassTable | None, missing: int) -> str:

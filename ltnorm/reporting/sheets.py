@@ -45,6 +45,20 @@ class Sheet:
     notes: list[str] = field(default_factory=list)
     legend: str = ""
 
+    def __post_init__(self) -> None:
+        """No control character of a name reaches a terminal or a file."""
+        object.__setattr__(self, "title", _printable(self.title))
+        self.headings[:] = map(_printable, self.headings)
+        self.notes[:] = map(_printable, self.notes)
+        for row in self.rows:
+            row[:] = map(_printable, row)
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
 
 def of_blocks(blocks: Sequence[Block]) -> list[Sheet]:
     """One sheet a block, one row a setting: accuracies, differences, cost; the literature last."""
@@ -141,7 +155,7 @@ def quantity(number: float) -> str:
 
 def of_pivots(pivots: Sequence[Pivot]) -> list[Sheet]:
     """One sheet a pivot and metric: settings down, the values of the other key across."""
-    rules = legend([block for pivot in pivots for block in pivot.blocks])
+    rules = legend([block for pivot in pivots for block in pivot.blocks], crossed=True)
     return [_of_pivot(pivot, metric, rules) for pivot in pivots for metric in pivot.blocks[0].shown]
 
 
@@ -174,7 +188,8 @@ def of_classes(table: ClassTable) -> Sheet:
     block = table.block
     rows = [row for row in block.rows if row.label in table.accuracy]
     others = [row for row in rows if not row.is_baseline] if table.has_baseline else []
-    headings = ["class", "name", "images", "group", *(row.label for row in rows)]
+    headings = ["class", "name", "images", "group"]
+    headings += [f"{row.label} (n={len(table.seeds.get(row.label, row.runs))})" for row in rows]
     headings += [f"Δ {row.label}" for row in others]
     cells = []
     for place, one in enumerate(table.classes):

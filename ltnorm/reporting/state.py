@@ -309,6 +309,8 @@ def _finished(known: RunState, file: Path) -> RunState:
         why = getattr(error, "message", f"{file} is damaged: {error}")
         hint = getattr(error, "hint", "`ltnorm train --force` makes it anew")
         return replace(known, state=State.damaged, error=why, hint=hint, updated=_changed(file))
+    if known.started and datetime.fromisoformat(known.started) <= _time(result.finished):
+        known = replace(known, error=None, hint=None)  # killed when nothing was left to do
     epochs = math.ceil(result.epochs)  # the last may be a part of one
     return replace(
         known,

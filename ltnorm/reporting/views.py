@@ -1,5 +1,6 @@
 """Other views of a comparison: crossed with a second key of the recipe, and class by class."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,6 +51,11 @@ def pivot(blocks: Sequence[Block], key: str) -> list[Pivot]:
     found = []
     for title, group in zip(titles, groups.values(), strict=True):
         valued = [(labels.called(block.first, key), block) for block in group]
+        twice = {v for v, count in Counter(v for v, _ in valued).items() if count > 1}
+        valued = [
+            (f"{v} [{b.first.index_sha256[:6]} {b.first.group_scheme}]" if v in twice else v, b)
+            for v, b in valued
+        ]
         valued.sort(key=lambda pair: labels.natural(pair[0]))
         short = key.rpartition(".")[2]
         down = " × ".join(part.rpartition(".")[2] for part in group[0].by)

@@ -125,7 +125,7 @@ def _read(run: Run) -> Mapping[str, Any]:
         recipe = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
     except OSError as error:
         raise LtnormError(f"cannot read {path}: {error.strerror or error}", hint) from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise LtnormError(f"{path} is damaged: not readable as YAML", hint) from error
     if not isinstance(recipe, dict):
         raise LtnormError(f"{path} is damaged: not a mapping of sections", hint)

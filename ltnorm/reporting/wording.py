@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from itertools import groupby
 
+from ltnorm.reporting.bootstrap import RESAMPLES
 from ltnorm.reporting.compare import TESTED, Block, Delta, Row
-from ltnorm.reporting.statistics import MIN_SEEDS
+from ltnorm.reporting.statistics import MIN_SEEDS, MOST_SEEDS
 
 NAMED = 3  # rows that a sentence names; the others are counted
 HEADINGS = {
@@ -53,19 +54,32 @@ def outcome(block: Block) -> str:
     if not deltas:
         return "There is no tail class here, so no row is judged."
     if block.selection:
-        instead = "" if block.selected_by else "; choose on validation images (--eval-split val)"
+        instead = ""
+        if block.chosen_by and block.first.eval_split == "val":
+            instead = "; run what was chosen on the test set"
+        elif block.chosen_by:
+            instead = "; choose on validation images (--eval-split val)"
         return f"No row is judged, since {block.selection}{instead}."
     judged = [(row, delta) for row, delta in deltas if delta.adjusted_p is not None]
-    few = [row.label for row, delta in deltas if delta.adjusted_p is None]
-    parts = _verdicts(judged, base)
-    if few:
-        n = min(row.n for row in block.rows if row.is_baseline or row.label in few)
-        has = (
-            f"{n} seeds are fewer than {MIN_SEEDS}" if n < MIN_SEEDS else "its seeds have no spread"
-        )
-        has = "1 seed has no spread" if n == 1 else has
-        parts.append(f"{listed(few)} {'is' if len(few) == 1 else 'are'} not judged ({has})")
+    few = [row for row, delta in deltas if delta.adjusted_p is None]
+    parts = [*_verdicts(judged, base), *_not_judged(few, base)]
+    if without := [row.label for row in block.others if TESTED not in row.deltas]:
+        parts.append(f"{listed(without)} {_is(without)} without a tail")
     return f"Tail accuracy against {base.label}: {'; '.join(parts)}."
+
+
+def _is(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _not_judged(rows: Sequence[Row], base: Row) -> list[str]:
+    """The rows that are not tested, by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        n = min(row.n, base.n)
+        reason = f"{n} seeds are fewer than {MIN_SEEDS}" if n < MIN_SEEDS else "no spread"
+        reasons.setdefault("1 seed has no spread" if n == 1 else reason, []).append(row.label)
+    return [f"{listed(v)} {_is(v)} not judged ({reason})" for reason, v in reasons.items()]
 
 
 def _verdicts(judged: Sequence[tuple[Row, Delta]], base: Row) -> list[str]:
@@ -86,17 +100,19 @@ def _told(delta: Delta) -> str:
 
 
 def _undecided(rows: Sequence[tuple[Row, Delta]], base: Row) -> str:
-    seeds = sorted({row.n for row, _ in rows})
+    seeds = sorted({min(row.n, base.n) for row, _ in rows})
     shown = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     text = f"no difference that {shown} seeds can show with {listed([r.label for r, _ in rows])}"
-    needed = [delta.seeds_needed for _, delta in rows if delta.estimate.sd]
-    if not needed:  # without any spread there is nothing to compute it from
+    spread = [delta for _, delta in rows if delta.estimate.sd]
+    if not spread:  # there is nothing to compute from how many it would take
         return text
-    if None in needed:
-        return f"{text}, and no number of seeds in reach would show one of 1 point"
-    low, high = min(needed), max(needed)
+    needed = sorted(delta.seeds_needed for delta in spread if delta.seeds_needed)
+    if not needed:
+        return f"{text}, and one of 1 point would take more than {MOST_SEEDS:,} seeds"
+    low, high = needed[0], needed[-1]
     which = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    return f"{text}; one of 1 point would take about {which} seeds"
+    more = " and more" if len(needed) < len(spread) else ""
+    return f"{text}; one of 1 point would take about {which} seeds{more}"
 
 
 def facts(block: Block) -> str:
@@ -120,47 +136,55 @@ def _groups(block: Block) -> str:
     return f"head / medium / tail: the mean of {head} / {medium} / {tail} classes ({scheme})"
 
 
-def legend(blocks: Sequence[Block]) -> str:
-    """What the numbers of tables mean, every rule of their statistics included."""
-    shown = {metric for block in blocks for metric in block.shown}
+def legend(blocks: Sequence[Block], crossed: bool = False) -> str:
+    """What the numbers of tables mean, every rule of their statistics included.
+
+    Of `crossed` tables, which have differences without intervals and no cost, only what they show.
+    """
+    shown = {metric for block in blocks for metric in (*block.shown, *block.deltas)}
     rows = [row for block in blocks for row in block.rows]
     spread = "mean ± sample standard deviation over n seeds"
     if any(row.n == 1 for row in rows):
         spread += " (1 seed: no spread)"
-    parts = [
-        f"In %{', NLL in nats' if 'nll' in shown else ''}; {spread}; last epoch.",
-        _differences([delta for row in rows for delta in row.deltas.values()]),
-        "images: training images through the network; time: training of one run.",
-    ]
-    if any(block.published for block in blocks):
-        parts.append("Published rows: as their sources report them, in no statistic.")
+    parts = [f"In %{', NLL in nats' if 'nll' in shown else ''}; {spread}; last epoch."]
+    parts.append(_differences(blocks, crossed))
+    if not crossed:
+        parts.append("images: training images through the network; time: training of one run.")
+        if any(block.published for block in blocks):
+            parts.append("Published rows: as their sources report them, in no statistic.")
     return " ".join(filter(None, parts))
 
 
-def _differences(deltas: Sequence[Delta]) -> str:
+def _differences(blocks: Sequence[Block], crossed: bool) -> str:
+    shown = {metric for block in blocks for metric in block.deltas}
+    deltas = [
+        d for block in blocks for row in block.rows for m, d in row.deltas.items() if m in shown
+    ]
     if not deltas:
         return ""
-    parts = ["Δ: in points"]
+    parts = [("in brackets" if crossed else "Δ") + ": difference to the baseline in points"]
     kinds = {delta.paired for delta in deltas if delta.estimate.low is not None}
-    if kinds:
+    if kinds and not crossed:
         ways = [
             way
-            for way, kind in (("paired t where both have the same seeds", True), ("Welch", False))
+            for way, kind in (("paired t where the seeds are the same", True), ("Welch", False))
             if kind in kinds
         ]
         parts[0] += f" [95 % interval over seeds, unadjusted: {', otherwise '.join(ways)}]"
     if any(delta.adjusted_p is not None for delta in deltas):
+        which = "of its column" if crossed else "of its table"
         parts.append(
-            f"* Δ {TESTED} differs from 0 at 5 % after Holm over the rows of its table "
+            f"* Δ {TESTED} differs from 0 at 5 % after Holm over the rows {which} "
             f"with at least {MIN_SEEDS} seeds"
         )
-    if any(delta.images for delta in deltas):
+    if any(delta.images for delta in deltas) and not crossed:
         parts.append(
-            "over images: 95 % interval of the same difference over test images for these "
-            "trained models, bootstrap by class and paired by image"
+            f"over images: 95 % interval of the same difference over test images for these "
+            f"trained models, percentiles of {RESAMPLES:,} bootstrap draws, by class and paired by "
+            "image"
         )
-    if any(delta.seeds_needed for delta in deltas):
-        parts.append("seeds needed: two-sided at 5 %, found in 80 % of cases")
+    if TESTED in shown and any(delta.seeds_needed for delta in deltas):
+        parts.append("seeds that a difference takes: two-sided at 5 %, found in 80 % of cases")
     return "; ".join(parts) + "."
 
 
