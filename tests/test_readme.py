@@ -67,6 +67,7 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
             draw_photos(tmp_path / "photos")
             if verb == "train":
                 arguments += shlex.split("--epochs 1 --batch-size 8 --model resnet8 --seeds 0")
+                arguments += ["--workers", "0"]
                 cached = "--cache-size" in arguments
                 arguments += [] if cached else ["--set", "dataset.image_size=32"]
         elif verb == "train":

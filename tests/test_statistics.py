@@ -20,7 +20,7 @@ from ltnorm.reporting.statistics import (
     welch,
 )
 
-REPEATS = 10_000
+REPEATS = 6_000
 # Three standard errors of a share of 5 % (or 95 %) counted over the repeats.
 ERROR = 3 * math.sqrt(0.05 * 0.95 / REPEATS)
 

@@ -148,7 +148,7 @@ def test_another_seed_gives_other_weights(tiny_recipe):
 
 def test_training_lowers_the_loss(tiny_recipe, tiny_set, tmp_path):
     for norm in NORMS:
-        recipe, _ = concrete(tiny_recipe(norm=norm, **{"train.epochs": 16}))
+        recipe, _ = concrete(tiny_recipe(norm=norm, **{"train.epochs": 14}))
         run(recipe, tiny_set, tmp_path, Output(quiet=True))
         rows = (schema.run_directory(recipe, tmp_path) / "epochs.csv").read_text().splitlines()
         assert rows[0] == ("epoch,lr,loss,steps,images,seconds,images_per_second,accuracy")

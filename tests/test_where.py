@@ -89,7 +89,7 @@ conditions = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120)
 @given(conditions)
 def test_a_condition_means_what_python_means(pair):
     ours, pythons = pair
@@ -100,7 +100,7 @@ ALPHABET = "ab.()[]'\"=<>!&|,-+*:{}#\\\n\x00 0123456789 notandi"
 KNOWN = where.known_names()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120)
 @given(st.one_of(st.text(), st.text(alphabet=ALPHABET)))
 def test_garbage_is_a_usage_error_and_nothing_else(text):
     told = None
