@@ -104,7 +104,9 @@ def _markdown_row(row: Sequence[str]) -> str:
 
 def _plain_markdown(text: str) -> str:
     """Text that Markdown, and the HTML in it, leave as it is."""
-    text = re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(text.split()))
+    # An underscore within a word, and brackets that are no link, are plain already.
+    signs = r"([\\`*|]|(?<!\w)_|_(?!\w)|\](?=[(\[:]))"
+    text = re.sub(signs, r"\\\1", " ".join(text.split()))
     return html.escape(text, quote=False)
 
 
