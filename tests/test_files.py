@@ -419,5 +419,5 @@ def test_a_termination_of_all_processes_is_a_termination(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 143, told
-    assert [line.split(":")[0] for line in told.splitlines()[-2:]] == ["error", "hint"]
+    assert [line.split(":")[0] for line in told.splitlines()[-2:]] == ["error", "hint"], told
     assert "Traceback" not in told

@@ -6,13 +6,14 @@ not depend on how many workers there are.
 
 import os
 import signal
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -235,7 +236,7 @@ def _loader(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pinned,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_ending_to_the_main_process,
         generator=torch.Generator(),  # else it draws from the global one
         **more,
     )
@@ -246,10 +247,20 @@ def _collate(images: list[Tensor | Unreadable]) -> Tensor | Unreadable:
     return broken[0] if broken else default_collate(images)
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C, and what a scheduler sends, reach all processes; the main one ends the workers."""
+def _leave_ending_to_the_main_process(worker: int) -> None:
+    """Ctrl-C, and what a scheduler sends, reach all processes; the main one ends the workers.
+
+    What a worker was sending when the main process went is no error of its own to be printed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print_error = sys.excepthook
+
+    def unless_gone(kind: type[BaseException], *error: Any) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            print_error(kind, *error)
+
+    sys.excepthook = unless_gone
 
 
 def _decoded(loader: DataLoader) -> Iterator[Tensor]:

@@ -384,12 +384,3 @@ def _below(path: Path) -> Iterator[RunFolder]:
             directory = Path(place)
             result = directory / RESULT if RESULT in names else None
             yield RunFolder(directory, frozenset(names), result)
-
-
-def find_results(paths: Sequence[Path]) -> list[Path]:
-    """All result.csv files below `paths`; a path can also be such a file itself.
-
-    Raises:
-        NothingFound: a path does not exist.
-    """
-    return [run.result for run in find_runs(paths) if run.result]
