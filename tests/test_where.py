@@ -10,7 +10,7 @@ from test_compare import result
 
 from ltnorm import resolve as recipes
 from ltnorm.errors import LtnormError, NothingFound, UsageError
-from ltnorm.reporting import schema, where
+from ltnorm.reporting import labels, schema, where
 from ltnorm.reporting.condition import DEEPEST, LONGEST, Condition
 from ltnorm.resolve import Overrides
 
@@ -383,6 +383,6 @@ def test_nothing_selected_tells_what_there_is(runs):
 
 def test_names_of_settings_are_those_that_training_writes(runs):
     for run in runs:
-        flat = where._keys(json.loads(run.result.settings))
+        flat = labels.flatten(json.loads(run.result.settings))
         fixed = {key for key in flat if not where._is_option(key)}
         assert fixed <= where.known_names()

@@ -13,7 +13,7 @@ import yaml
 
 from ltnorm.errors import LtnormError, NothingFound, UsageError, did_you_mean
 from ltnorm.recipe import Recipe, Retrain
-from ltnorm.reporting import schema
+from ltnorm.reporting import labels, schema
 from ltnorm.reporting.condition import Condition, quoted
 from ltnorm.reporting.schema import Run
 from ltnorm.validation import NAMED
@@ -49,7 +49,7 @@ def select(runs: Sequence[Run], condition: Condition) -> list[Run]:
 
 def known_names() -> set[str]:
     """The columns of result.csv and the dotted keys of a recipe, without the options of entries."""
-    return {*schema.COLUMNS, *_keys(_defaults(retrain=True))}
+    return {*schema.COLUMNS, *labels.defaults()}
 
 
 def check(condition: Condition, known: Iterable[str]) -> None:
@@ -94,7 +94,7 @@ class Values:
         for run in runs:
             if run.result.fingerprint not in seen:
                 seen.add(run.result.fingerprint)
-                keys.update(_keys(self._of_settings(run)), _keys(self._of_recipe(run)))
+                keys.update(labels.settings(run.result), labels.flatten(self._of_recipe(run)))
         return {key for key in keys if _is_option(key)}
 
     def _places(self, run: Run, name: str) -> Iterator[Mapping[str, Any]]:
@@ -152,15 +152,6 @@ def _at(place: Mapping[str, Any], name: str) -> Any:
             return _MISSING
         value = value[part]
     return value
-
-
-def _keys(place: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of nested mappings."""
-    for key, value in place.items():
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def _near(name: str, known: Iterable[str]) -> list[str]:
