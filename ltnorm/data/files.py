@@ -30,6 +30,7 @@ from ltnorm.recipe import Train
 # How torch, and `_next`, say that a worker has died.
 KILLED = ("killed by signal", "exited unexpectedly", "worker is gone")
 AHEAD = 2  # batches that each worker makes before they are asked for
+GRACE = 10  # seconds that a worker outlives SIGTERM, in which the main process ends
 
 Item = tuple[int, int]  # which file, and the seed of what happens to it
 Change = Callable[[Tensor], Tensor]  # of an image, uint8 [3, H, W]
@@ -250,10 +251,13 @@ def _collate(images: list[Tensor | Unreadable]) -> Tensor | Unreadable:
 def _leave_ending_to_the_main_process(worker: int) -> None:
     """Ctrl-C, and what a scheduler sends, reach all processes; the main one ends the workers.
 
+    Where it could not, because another of them was killed meanwhile, all that it does is to send
+    SIGTERM as it exits, and then to wait: a worker outlives that by a while only.
+
     What a worker was sending when the main process went is no error of its own to be printed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
     print_error = sys.excepthook
 
     def unless_gone(kind: type[BaseException], *error: Any) -> None:
