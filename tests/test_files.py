@@ -31,6 +31,7 @@ from ltnorm.evaluation.posthoc import outputs
 from ltnorm.recipe import Train
 from ltnorm.training.build import build_loader, build_model, check
 from ltnorm.training.recalibrate import recalibrated
+from ltnorm.training.resume import Keeper
 from ltnorm.training.run import run
 from ltnorm.training.twostage import _retrained
 
@@ -249,6 +250,14 @@ def test_an_epoch_that_is_left_does_not_disturb_the_next(folder):
     assert same(made.epoch(2), expected)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_can_be_entered_in_its_midst(folder, workers):
+    made = loader(files_of(folder), workers, batch_size=4, **EVERYTHING)
+    whole = list(made.epoch(2))
+    assert same(made.epoch(2, first=3), whole[3:])
+    assert same(made.epoch(2), whole)
+
+
 def pids(made):
     return [worker.pid for worker in made.crops.loader._iterator._workers]
 
@@ -366,7 +375,7 @@ def test_what_looks_at_a_model_takes_files(folder, file_recipe):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.rsplit(".", 1)[1] for name in changed} >= {"running_mean", "running_var"}
     stage = file_recipe(**{"retrain.method": "crt", "retrain.epochs": 1})
-    done = _retrained(stage, model, data, CPU, Output(quiet=True))
+    done = _retrained(stage, model, data, CPU, Output(quiet=True), Keeper())
     assert done.cost.images_processed == COUNT
 
 

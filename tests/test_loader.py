@@ -54,6 +54,26 @@ def test_a_last_batch_of_one_image_is_dropped():
     assert made.images_per_epoch == 48
 
 
+@pytest.mark.parametrize("kind", [Resident, Mapped])
+@pytest.mark.parametrize("crop", ["padded", "resized"])
+def test_an_epoch_can_be_entered_in_its_midst(monkeypatch, kind, crop):
+    """Its batches are those that they would have been, whatever draws random numbers."""
+    limit = 0 if kind is Mapped else 1 << 40
+    monkeypatch.setattr(loading, "RESIDENT_CPU", limit)
+    more = {"cutout": 2, "mixup": 0.5, "cutmix": 0.5, "auto_augment": "randaugment"}
+    made, _ = loader(50, crop=crop, labels=np.arange(50) % 5, **more)
+    assert isinstance(made.crops, kind)
+    whole = list(made.epoch(3))
+    for first in range(len(whole) + 1):
+        rest = list(made.epoch(3, first=first))
+        assert len(rest) == len(whole) - first
+        for a, b in zip(rest, whole[first:], strict=True):
+            assert torch.equal(a.images, b.images)
+            assert torch.equal(a.labels, b.labels)
+            assert torch.equal(a.other, b.other)
+            assert a.share == b.share
+
+
 def order(made, epoch, progress=0.0):
     return torch.cat([batch.labels for batch in made.epoch(epoch, progress)]).tolist()
 

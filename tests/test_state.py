@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -65,26 +67,17 @@ def when(folder: Path, condition) -> state.RunState:
     raise AssertionError(f"never so in {folder}: {seen(folder)}")
 
 
-def test_a_run_that_another_process_makes_is_told_and_the_others_go_on(
-    processes, ltnorm, monkeypatch
-):
+def test_a_run_that_another_process_makes_is_told(processes):
     folder, process = processes["met"]
     running = when(folder, lambda run: run.fraction)
     assert (running.state, running.pid) == (State.running, process.pid)
-    monkeypatch.chdir(folder)
-    command = "train --recipe tiny.yaml --norm bn --norm gn --set train.seconds=4"
-    answer = ltnorm(command, "--json")
-    assert answer.code == 1
-    assert f"another process is making {BN} (process {process.pid} on" in answer.err
-    assert "1 of 2 runs failed" in answer.err
-    assert "`ltnorm runs`" in answer.err.splitlines()[-1]
-    assert [run["norm"] for run in json.loads(answer.out)["runs"]] == ["gn"]
+    with pytest.raises(state.Busy) as caught, state.under_way(folder / BN):
+        pytest.fail("is held")
+    assert f"{BN} (process {process.pid} on" in caught.value.message
+    assert "`ltnorm runs`" in caught.value.hint
     assert process.wait(timeout=60) == 0
     assert seen(folder).state is State.finished
     assert not (folder / BN / state.STATUS).exists()
-    again = ltnorm(command)
-    assert again.code == 0
-    assert f"{BN} is finished" in again.err
 
 
 def test_a_killed_run_is_unfinished_with_its_progress(processes):
@@ -203,6 +196,64 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     assert state.read(schema.find_runs([tmp_path])[0]).state is State.failed
 
 
+def test_a_process_that_tells_nothing_is_heard_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "PULSE", 0.02)
+    with state.under_way(tmp_path) as run:
+        for _ in range(3):  # written again and again
+            (tmp_path / state.STATUS).unlink()
+            end = time.monotonic() + 10
+            while not (tmp_path / state.STATUS).exists() and time.monotonic() < end:
+                time.sleep(0.01)
+            assert state.read_status(tmp_path).pid == run.status.pid
+    time.sleep(0.1)
+    assert not (tmp_path / state.STATUS).exists()  # and no more once it is over
+
+
+@contextlib.contextmanager
+def another_host(directory: Path, seconds: float):
+    """A process of another host, whose lock is not seen here, tells of a run so long."""
+    made(directory)
+    told = json.loads((directory / state.STATUS).read_text())
+
+    def beat():
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            told["fraction"] += 1e-3  # (its clock stands still)
+            schema.write_text(directory / state.STATUS, json.dumps(told))
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    yield
+    thread.join()
+
+
+def test_a_lock_that_other_hosts_do_not_see_is_not_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "WATCH", 0.5)
+    with another_host(tmp_path, 0.3):
+        with pytest.raises(state.Busy, match="process 1 on elsewhere"), state.under_way(tmp_path):
+            pytest.fail("is made elsewhere")
+        start = time.monotonic()
+        with state.under_way(tmp_path, wait=True):  # until nothing is heard of it any more
+            assert time.monotonic() - start > 0.5
+    with another_host(tmp_path, 0.0), state.under_way(tmp_path) as run:  # killed long ago
+        assert run.status.host == socket.gethostname()
+
+
+def test_a_killed_process_of_this_host_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "WATCH", 60)
+    made(tmp_path, host=socket.gethostname(), locked=True)
+    start = time.monotonic()
+    with state.under_way(tmp_path):
+        assert time.monotonic() - start < 10
+
+
+def test_a_clock_that_was_set_back_keeps_nothing_running(tmp_path):
+    ahead = (datetime.now(UTC) + timedelta(days=2)).isoformat()
+    run = made(tmp_path, host="elsewhere", locked=False, updated=ahead)
+    assert state.read(run).state is State.unfinished
+
+
 def test_a_result_counts_whatever_became_of_repeating_it(tmp_path):
     made(tmp_path, state="failed", error="boom", hint="mend it")
     schema.write_result(tmp_path, result(finished="2026-01-02T03:04:05+00:00", epochs=29.5))
@@ -279,7 +330,7 @@ def test_a_run_goes_on_where_its_status_cannot_be_written(tmp_path, monkeypatch)
 
 def test_a_status_is_written_once_an_epoch_or_second(tmp_path, monkeypatch):
     writes, write = [], schema.write_text
-    monkeypatch.setattr(schema, "write_text", lambda *a: (writes.append(a[0]), write(*a)))
+    monkeypatch.setattr(schema, "write_text", lambda *a, **m: (writes.append(a[0]), write(*a)))
     with state.under_way(tmp_path) as run:
         for step in range(100):
             run.tell(step / 200, 0, 2)

@@ -60,6 +60,14 @@ Sampler = Annotated[
 ]
 Precision = Annotated[str | None, typer.Option("--precision", help="auto, fp32 or bf16.")]
 Tag = Annotated[str | None, typer.Option("--tag", help="A word that tells this experiment apart.")]
+CheckpointSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--checkpoint-steps",
+        min=1,
+        help="Keep the state after so many steps, too (after each epoch).",
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Say what would be run and where, and do nothing."),

@@ -1,7 +1,7 @@
 """`ltnorm retrain`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,6 +70,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where results are written (beside RUN's).")
     ] = None,
+    checkpoint_steps: options.CheckpointSteps = None,
     dry_run: options.DryRun = False,
     force: options.Force = False,
     json: options.Json = False,
@@ -98,7 +99,8 @@ def command(
         for place in dict.fromkeys(places):
             schema.check_out(place)
         for run, recipe, place in zip(runs, recipes, places, strict=True):
-            make = partial(_make, run, recipe, root, data_dir, place, force, output)
+            keeping = {"steps": checkpoint_steps, "anew": force}
+            make = partial(_make, run, recipe, root, data_dir, place, keeping, output)
             planned.append(train.Job(str(run), make))
         train.run_all(planned, done, output)
 
@@ -135,18 +137,20 @@ def _make(
     root: Path,
     data_dir: Path,
     out: Path,
-    force: bool,
+    keeping: Mapping[str, Any],
     output: Output,
+    wait: bool,
 ) -> tuple[Path, Any]:
     from ltnorm.reporting import schema
     from ltnorm.training import twostage
+    from ltnorm.training.resume import Keeping
 
     first = twostage.load_first(run, root, data_dir, recipe.device)
     directory = schema.run_directory(recipe, out)
-    data = first.trained.data
-    if not force and (result := train.finished(directory, recipe, data, output, run)):
+    how, data = Keeping(**keeping), first.trained.data
+    if not how.anew and (result := train.finished(directory, recipe, data, output, run)):
         return directory, result
-    return directory, twostage.run(recipe, first, out, output)
+    return directory, twostage.run(recipe, first, out, output, keeping=how, wait=wait)
 
 
 def _tree(run: Path) -> Path:

@@ -19,7 +19,7 @@ class Interrupted(LtnormError):
     """The user or the system stopped the command."""
 
     def __init__(self, exit_code: int, done: int, planned: int, force: bool) -> None:
-        again = "type the same command again: finished runs are kept and skipped"
+        again = "type the same command again: finished runs are skipped, the others go on"
         if force:
             again = (
                 "with --force the same command repeats all; without it, earlier results are kept"
@@ -93,6 +93,7 @@ def command(
     root: options.Root = options.ROOT,
     data_dir: options.DataDir = options.DATA_DIR,
     out: options.Out = options.OUT,
+    checkpoint_steps: options.CheckpointSteps = None,
     dry_run: options.DryRun = False,
     force: options.Force = False,
     json: options.Json = False,
@@ -101,7 +102,8 @@ def command(
     """Train norms and seeds under the same budget.
 
     Without --dataset it runs on embedded synthetic data. A finished run is skipped, unless
-    --force. Each run ends with the evaluation of its last epoch.
+    --force, and one that was interrupted goes on where it was. Each run ends with the evaluation
+    of its last epoch.
 
     `ltnorm train --norm bn --norm compound --ratio 100 --seeds 0-2`
     """
@@ -135,7 +137,8 @@ def command(
             dryrun.show(runs, root, data_dir, force, output, pretrained)
             return
         schema.check_out(out)
-        jobs = _jobs(planned, root, data_dir, out, force, pretrained, output)
+        keeping = {"steps": checkpoint_steps, "anew": force}
+        jobs = _jobs(planned, root, data_dir, out, keeping, pretrained, output)
         run_all(jobs, done, output)
 
 
@@ -163,10 +166,13 @@ def interruptible(done: Mapping[Path, Any], planned: Sequence[Any], force: bool)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run to be made: its name, and what makes it, giving its directory and result."""
+    """One run to be made: its name, and what makes it, giving its directory and result.
+
+    `make` is told whether to wait for another process that makes the run.
+    """
 
     name: str
-    make: Callable[[], tuple[Path, Any]]
+    make: Callable[[bool], tuple[Path, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +183,11 @@ class Runner:
     root: Path
     data_dir: Path
     out: Path
-    force: bool
+    keeping: Any
     output: Output
     pretrained: Path | None = None
 
-    def run(self, recipe: Any) -> tuple[Path, Any]:
+    def run(self, recipe: Any, wait: bool) -> tuple[Path, Any]:
         """One run, unless it is finished, and before a second stage the first."""
         from ltnorm.reporting import schema
         from ltnorm.training import run as running
@@ -191,15 +197,17 @@ class Runner:
         first = None
         if recipe.retrain:
             first = schema.run_directory(twostage.first_stage(recipe), self.out)
-        if not self.force and (
+        if not self.keeping.anew and (
             result := finished(directory, recipe, self.data, self.output, first)
         ):
             return directory, result
+        how = {"keeping": self.keeping, "wait": wait}
         if not first:
-            return directory, running.run(recipe, self.data, self.out, self.output, self.pretrained)
-        self.run(twostage.first_stage(recipe))
+            made = running.run(recipe, self.data, self.out, self.output, self.pretrained, **how)
+            return directory, made
+        self.run(twostage.first_stage(recipe), wait)
         start = twostage.load_first(first, self.root, self.data_dir, recipe.device)
-        return directory, twostage.run(recipe, start, self.out, self.output)
+        return directory, twostage.run(recipe, start, self.out, self.output, **how)
 
 
 def _jobs(
@@ -207,7 +215,7 @@ def _jobs(
     root: Path,
     data_dir: Path,
     out: Path,
-    force: bool,
+    keeping: Mapping[str, Any],
     pretrained: Path | None,
     output: Output,
 ) -> list[Job]:
@@ -215,6 +223,7 @@ def _jobs(
     from ltnorm.data.making import Making
     from ltnorm.data.prepare import prepare
     from ltnorm.training import build, twostage
+    from ltnorm.training.resume import Keeping
     from ltnorm.training.run import label
 
     resolved = [build.concrete(recipe) for recipe in planned]
@@ -230,7 +239,7 @@ def _jobs(
     for recipe in {recipe.norm.name: recipe for recipe in recipes}.values():
         build.build_model(recipe, data.counts, data.image_size, pretrained)
         twostage.check(recipe)
-    runner = Runner(data, root, data_dir, out, force, output, pretrained)
+    runner = Runner(data, root, data_dir, out, Keeping(**keeping), output, pretrained)
     return [Job(label(recipe), partial(runner.run, recipe)) for recipe in recipes]
 
 
@@ -257,15 +266,25 @@ def finished(
 
 
 def run_all(jobs: Sequence[Job], done: dict[Path, Any], output: Output) -> None:
-    """Make runs, go on after a failed one, and print all that is finished."""
+    """Make runs, go on after a failed one, and print all that is finished.
+
+    Those that other processes are making come last, to wait for them.
+    """
+    from ltnorm.reporting.state import Busy
+
     failures: list[LtnormError] = []
-    for job in jobs:
-        try:
-            directory, result = job.make()
-            done[directory] = result
-        except LtnormError as error:
-            failures.append(error)
-            output.warn(f"{job.name} failed: {error.message}")
+    busy: list[Job] = []
+    for wait in (False, True):
+        for job in busy if wait else jobs:
+            try:
+                directory, result = job.make(wait)
+                done[directory] = result
+            except Busy as error:
+                busy.append(job)
+                output.note(f"{error.message}: waiting for it after the others")
+            except LtnormError as error:
+                failures.append(error)
+                output.warn(f"{job.name} failed: {error.message}")
     _show(done, output)
     if failures:
         more = f" ({len(failures)} of {len(jobs)} runs failed)" if len(jobs) > 1 else ""

@@ -60,24 +60,29 @@ class Decoded:
     def __init__(
         self, files: Files, train: Train, device: torch.device, workers: int | None = None
     ) -> None:
-        self.device, self.plan = device, _Plan()
+        self.device, self.plan, self.image_size = device, _Plan(), files.image_size
         count = min(worker_count(workers, device), -(-len(files) // train.batch_size))
         dataset = _Images(files, _Training(train, files.image_size))
         pinned = device.type == "cuda"
         self.loader = _loader(dataset, self.plan, count, pinned=pinned, lasting=True)
 
-    def batches(self, order: Tensor, batch_size: int, rng: torch.Generator) -> Iterator[Tensor]:
+    def batches(
+        self, order: Tensor, batch_size: int, rng: torch.Generator, first: int = 0
+    ) -> Iterator[Tensor]:
         """The crops of files `order`, int64 on the CPU, in batches uint8 [B, S, S, 3].
 
         Of `rng` only the seed is used. What happens to an image follows from it and from the
-        place in `order`.
+        place in `order`. Those before the `first` batch are blank, and not read.
 
         Raises:
             LtnormError: a file does not decode.
             RuntimeError: a worker was killed; see `workers_watched`.
         """
         seeds = np.random.default_rng(rng.initial_seed()).integers(2**63, size=len(order))
-        self.plan.set(order, torch.from_numpy(seeds), batch_size)
+        self.plan.set(order, torch.from_numpy(seeds), batch_size, first)
+        for index in order.split(batch_size)[:first]:
+            size = self.image_size
+            yield torch.zeros(len(index), size, size, 3, dtype=torch.uint8, device=self.device)
         for images in _decoded(self.loader):
             yield images.to(self.device, non_blocking=True)
 
@@ -169,8 +174,9 @@ def workers_watched() -> Iterator[None]:
 class _Plan:
     """The batches of items of an epoch, which change under workers that live on."""
 
-    def set(self, order: Tensor, seeds: Tensor, batch_size: int) -> None:
-        self.parts = list(zip(order.split(batch_size), seeds.split(batch_size), strict=True))
+    def set(self, order: Tensor, seeds: Tensor, batch_size: int, first: int) -> None:
+        parts = zip(order.split(batch_size), seeds.split(batch_size), strict=True)
+        self.parts = list(parts)[first:]
 
     def __iter__(self) -> Iterator[list[Item]]:
         for index, seeds in self.parts:

@@ -33,7 +33,8 @@ def crops(
 ) -> Resident | Mapped | Decoded:
     """What makes the cropped images of training batches: decoded by workers, mapped, or resident.
 
-    Its `batches(order, batch_size, rng)` are uint8 [B, S, S, 3] on the device.
+    Its `batches(order, batch_size, rng, first)` are uint8 [B, S, S, 3] on the device; those
+    before the `first` are blank, but take their random numbers.
     """
     if isinstance(images, Files):
         return Decoded(images, train, device, workers)
@@ -116,23 +117,29 @@ class Loader:
         """Images an epoch: all, but for a last batch of one."""
         return len(self.labels) - (len(self.labels) % self.train.batch_size == 1)
 
-    def epoch(self, epoch: int, progress: float = 0.0) -> Iterator[Batch]:
-        """The batches of an epoch; `progress`, the part of training done, is for the sampler."""
+    def epoch(self, epoch: int, progress: float = 0.0, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from the `first`, which counts from 0.
+
+        `progress` is the part of training done when the epoch begins, for the sampler.
+        """
         rng = torch.Generator(self.device).manual_seed(_seed(self.seed, epoch, 1))
         mixing = np.random.default_rng(_seed(self.seed, epoch, 2))
         order = self._order(epoch, progress)[: self.images_per_epoch]
         size = self.train.batch_size
         places = order.to(self.device).split(size)
-        made = self.crops.batches(order, size, rng)
+        made = self.crops.batches(order, size, rng, first)
         for i, (index, images) in enumerate(zip(places, made, strict=True)):
-            if self.colours:
+            # (A batch before the first goes its way, blank, for the random numbers that it takes.)
+            if self.colours and i >= first:
                 images = augment.auto_augment(images, self.colours, _seed(self.seed, epoch, 3, i))
             images = normalize(images, self.mean, self.std)
             if self.train.cutout:
                 images = augment.cutout(images, self.train.cutout, rng)
             images = images.contiguous(memory_format=self.memory_format)
             batch = Batch(images, self.labels[index])
-            yield augment.mix(batch, self.train.mixup, self.train.cutmix, mixing)
+            batch = augment.mix(batch, self.train.mixup, self.train.cutmix, mixing)
+            if i >= first:
+                yield batch
 
     def _order(self, epoch: int, progress: float) -> Tensor:
         """The images of an epoch, int64 [N]; drawn on the CPU, to be the same on every device."""

@@ -53,8 +53,13 @@ class Resident:
         self.images = torch.from_numpy(padded).to(device)
         self.crop = _crop(train, pixels.image_size)
 
-    def batches(self, order: Tensor, batch_size: int, rng: torch.Generator) -> Iterator[Tensor]:
-        """The crops of images `order`, int64 on the CPU, in batches uint8 [B, S, S, 3]."""
+    def batches(
+        self, order: Tensor, batch_size: int, rng: torch.Generator, first: int = 0
+    ) -> Iterator[Tensor]:
+        """The crops of images `order`, int64 on the CPU, in batches uint8 [B, S, S, 3].
+
+        (All of them: to leave out those before the `first` would save nothing.)
+        """
         for index in order.to(self.images.device).split(batch_size):
             yield self.crop(self.images, index, rng)
 
@@ -72,20 +77,30 @@ class Mapped:
         self.images, self.device, self.padding = pixels.images, device, _padding(train)
         self.crop = _crop(train, pixels.image_size)
 
-    def batches(self, order: Tensor, batch_size: int, rng: torch.Generator) -> Iterator[Tensor]:
-        """The crops of images `order`, int64 on the CPU, in batches uint8 [B, S, S, 3]."""
+    def batches(
+        self, order: Tensor, batch_size: int, rng: torch.Generator, first: int = 0
+    ) -> Iterator[Tensor]:
+        """The crops of images `order`, int64 on the CPU, in batches uint8 [B, S, S, 3].
+
+        Those before the `first` are not read.
+        """
         reading: deque[Future[Tensor]] = deque()
         with ThreadPoolExecutor(1, "reader") as reader:
-            for index in order.split(batch_size):
-                reading.append(reader.submit(self._read, index))
+            for i, index in enumerate(order.split(batch_size)):
+                reading.append(reader.submit(self._read if i >= first else self._rows, index))
                 if len(reading) > AHEAD:
                     yield self._cropped(reading.popleft().result(), rng)
             while reading:
                 yield self._cropped(reading.popleft().result(), rng)
 
-    def _read(self, index: Tensor) -> Tensor:
+    def _rows(self, index: Tensor) -> Tensor:
+        """Where images are read to."""
         pinned = self.device.type == "cuda"
-        rows = torch.empty(len(index), *self.images.shape[1:], dtype=torch.uint8, pin_memory=pinned)
+        shape = len(index), *self.images.shape[1:]
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+
+    def _read(self, index: Tensor) -> Tensor:
+        rows = self._rows(index)
         # (mode="raise" would read into a buffer first, and copy that.)
         np.take(self.images, index.numpy(), axis=0, out=rows.numpy(), mode="clip")
         return rows

@@ -8,6 +8,7 @@
         checkpoint.pt    the trained model
         result.csv       one row, written last: the mark of a finished run
         lock, status.json  while it is made, see `state`
+        resume-*.pt      until it is finished: the state of its training, see `training.resume`
 
 A setting is `<model>-<norm>-<loss>[-drw][-<sampler>][-<method>[-<norm mode>]][-<tag>]`. Its
 directory belongs to one fingerprint, which lies in it; another recipe of the same names gets a
@@ -16,14 +17,16 @@ directory of its own, with the start of its fingerprint added.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ltnorm.errors import LtnormError, NothingFound, UsageError
 from ltnorm.recipe import BUDGETS, Recipe
@@ -217,22 +220,43 @@ def finished(directory: Path) -> bool:
     return (directory / RESULT).is_file()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    write_bytes(path, text.encode())
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
+    """Write a file whole or not at all, see `write_bytes`."""
+    write_bytes(path, text.encode(), sync=sync)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; a link or a device is written through, not replaced."""
+def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a file whole or not at all; a link or a device is written through, not replaced.
+
+    Without `sync` that holds of the end of the process alone, not of the machine's.
+    """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_bytes(content)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            if sync:
+                _sync(file)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+            raise
+
+
+def remove_unwritten(directory: Path) -> None:
+    """Remove what processes left that were killed while they wrote a file of a run."""
+    for file in directory.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

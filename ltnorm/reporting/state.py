@@ -12,6 +12,7 @@ import json
 import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,9 +31,16 @@ SECONDS = 1.0
 # Who only looks whether a lock is held, holds it for a moment: training waits so long for that,
 # and who looks for another that looks.
 PATIENCE, GLANCE = 0.5, 0.01
+# A process that makes a run tells so at least so often, and who cannot trust a lock watches so long
+# whether it does.
+PULSE, WATCH = 10.0, 25.0
 # Where a lock cannot be seen, a run that has told something since then counts as running.
 FRESH = timedelta(minutes=15)
 LOCKLESS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+class Busy(LtnormError):
+    """Another process makes the run."""
 
 
 class State(StrEnum):
@@ -79,7 +87,9 @@ class UnderWay:
         self.file, self.written = directory / STATUS, 0.0
         host, pid, now = socket.gethostname(), os.getpid(), _now()
         self.status = Status(State.running, 0.0, 0, None, now, now, host, pid, locked)
+        self._writing, self._ended = threading.Lock(), threading.Event()
         self._write()
+        threading.Thread(target=self._beat, name="status", daemon=True).start()
 
     def tell(self, fraction: float, epoch: int, epochs: int | None) -> None:
         """So much of training is done, and so many epochs, of so many."""
@@ -98,29 +108,43 @@ class UnderWay:
             state, hint = State.failed, "LTNORM_DEBUG=1 shows where it happened"
         else:  # Ctrl-C, SIGTERM
             state, what, hint = State.unfinished, "interrupted", AGAIN
+        self._ended.set()
         self.status = replace(self.status, state=state, error=what, hint=hint)
         self._write()
 
     def finish(self) -> None:
         """Its result is there."""
-        with contextlib.suppress(OSError):
+        self._ended.set()
+        with self._writing, contextlib.suppress(OSError):
             self.file.unlink(missing_ok=True)
 
-    def _write(self) -> None:
-        self.status, self.written = replace(self.status, updated=_now()), time.monotonic()
+    def _beat(self) -> None:
+        """Write now and then what is known, also while nothing is told."""
+        while not self._ended.wait(PULSE):
+            self._write(beat=True)
+
+    def _write(self, beat: bool = False) -> None:
         # A run must not fail because it cannot tell of itself.
-        with contextlib.suppress(OSError):
-            schema.write_text(self.file, json.dumps(asdict(self.status), indent=2) + "\n")
+        with self._writing, contextlib.suppress(OSError):
+            if beat and self._ended.is_set():
+                return
+            self.status, self.written = replace(self.status, updated=_now()), time.monotonic()
+            text = json.dumps(asdict(self.status), indent=2) + "\n"
+            schema.write_text(self.file, text, sync=False)
 
 
 @contextlib.contextmanager
-def under_way(directory: Path) -> Iterator[UnderWay]:
-    """Hold the lock of a run while it is made, and keep its status; never waits for another.
+def under_way(directory: Path, wait: bool = False) -> Iterator[UnderWay]:
+    """Hold the lock of a run while it is made, and keep its status.
 
     Raises:
-        LtnormError: another process makes the run, or the lock cannot be made.
+        Busy: another process makes the run, unless this is to `wait` for its end.
+        LtnormError: the lock cannot be made.
     """
-    with _locked(directory) as locked:
+    with _locked(directory, wait) as locked:
+        while (other := _other(directory, locked)) and _goes_on(directory, other):
+            if not wait:
+                raise _busy(directory)
         run = UnderWay(directory, locked)
         try:
             yield run
@@ -131,18 +155,15 @@ def under_way(directory: Path) -> Iterator[UnderWay]:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
+def _locked(directory: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock; gives whether there is one: a file system without locks does without."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(directory / LOCK, fallback_to_soft=False)
     try:
-        lock.acquire(timeout=PATIENCE, poll_interval=PATIENCE / 10)
+        lock.acquire(-1 if wait else PATIENCE, poll_interval=1 if wait else PATIENCE / 10)
     except Timeout as error:
-        raise LtnormError(
-            f"another process is making {directory}{_maker(directory)}",
-            "`ltnorm runs` shows how far it is; once it is finished it is skipped",
-        ) from error
+        raise _busy(directory) from error
     except OSError as error:
         if error.errno not in LOCKLESS:
             raise LtnormError(
@@ -153,6 +174,38 @@ def _locked(directory: Path) -> Iterator[bool]:
         yield lock.is_locked
     finally:
         lock.release()
+
+
+def _other(directory: Path, locked: bool) -> Status | None:
+    """The status of a process that may be making a run though this one holds its lock, if any.
+
+    There are network file systems whose locks keep out only the processes of the same host.
+    """
+    with contextlib.suppress(LtnormError):
+        status = read_status(directory)
+        if status and status.state is State.running:
+            here = status.host == socket.gethostname()
+            gone = status.pid == os.getpid() or (locked and status.locked)
+            return None if here and gone else status
+    return None
+
+
+def _goes_on(directory: Path, other: Status) -> bool:
+    """Whether a process still tells of a run. The clocks of two hosts differ: this watches."""
+    ends = time.monotonic() + WATCH
+    while time.monotonic() < ends:
+        time.sleep(min(1.0, WATCH / 10))
+        now = _other(directory, False)
+        if now != other:
+            return now is not None
+    return False
+
+
+def _busy(directory: Path) -> Busy:
+    return Busy(
+        f"another process is making {directory}{_maker(directory)}",
+        "`ltnorm runs` shows how far it is; once it is finished it is skipped",
+    )
 
 
 def _maker(directory: Path) -> str:
@@ -282,7 +335,7 @@ def _is_running(directory: Path, status: Status) -> bool:
     held = _held(directory)
     if held or (held is False and status.locked and status.host == socket.gethostname()):
         return bool(held)
-    return datetime.now(UTC) - _time(status.updated) < FRESH
+    return abs(datetime.now(UTC) - _time(status.updated)) < FRESH  # clocks jump and differ
 
 
 def _held(directory: Path) -> bool | None:

@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +14,8 @@ from ltnorm.errors import LtnormError
 from ltnorm.recipe import Train
 from ltnorm.training import optim
 from ltnorm.training.objective import SinglePath
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One row of epochs.csv. The last epoch of a budget of steps or seconds may be a part of one.
-
-    Attributes:
-        epoch: from 1.
-        lr: its learning rate, or that of its last step.
-        loss: the mean of its steps.
-        steps, images: what it had.
-        seconds, images_per_second: of training alone.
-        accuracy: where it was measured.
-    """
-
-    epoch: int
-    lr: float
-    loss: float
-    steps: int
-    images: int
-    seconds: float
-    images_per_second: float
-    accuracy: float | None = None
+from ltnorm.training.position import Epoch, Position
+from ltnorm.training.resume import Keeper
 
 
 def diverged(epoch: int, step: int, loss: float, train: Train) -> LtnormError:
@@ -88,8 +65,9 @@ def fit(
     progress: TrainingProgress,
     *,
     undecayed: Iterable[nn.Parameter] = (),
-    after_step: Callable[[], None] = lambda: None,
+    average: optim.Average | None = None,
     measure: Callable[[int], float | None] = lambda epoch: None,
+    keeper: Keeper | None = None,
 ) -> list[Epoch]:
     """Train `objective` until the budget is spent.
 
@@ -102,49 +80,73 @@ def fit(
         train: the optimization settings.
         progress: told of every step and epoch.
         undecayed: parameters without weight decay if `train.decay_norm` is off.
-        after_step: called after every step, on the clock.
+        average: of the model's weights; follows every step.
         measure: called after every epoch, outside the clock; may return an accuracy.
+        keeper: of the state, from which the training goes on; None keeps nothing.
 
     Raises:
         LtnormError: the loss became infinite or NaN.
     """
     optimizer = optim.build(train, objective.parameters(), undecayed)
-    epochs: list[Epoch] = []
-    steps, spent = 0, 0.0
-    for epoch in count(1):
-        objective.train()
-        done = optim.part_done(train, epoch - 1, steps, spent)
-        optimizer.lr = optim.learning_rate(train, epoch, done)
-        objective.set_progress(done)
-        losses: list[Tensor] = []
-        start, images = time.perf_counter(), 0
-        for batch in loader.epoch(epoch, done):
-            if not train.epochs:
-                optimizer.lr = optim.learning_rate(train, epoch, done)
-                objective.set_progress(done)
-            losses.append(step(objective, optimizer, batch, train))
-            after_step()
-            images += len(batch.labels)
-            seconds = time.perf_counter() - start
-            done = optim.part_done(train, epoch - 1, steps + len(losses), spent + seconds)
-            if progress.due():
-                _check(losses[-1:], epoch, len(losses) - 1, train)
-                part = len(losses) / len(loader) / train.epochs if train.epochs else 0.0
-                progress.step(done + part, epoch, float(losses[-1]), images / seconds)
-            if done >= 1:
-                break
-        mean = _check(losses, epoch, 0, train)
-        seconds = time.perf_counter() - start
-        steps, spent = steps + len(losses), spent + seconds
-        accuracy = measure(epoch)
-        speed = images / seconds
-        lr = optimizer.lr
-        epochs.append(Epoch(epoch, lr, mean, len(losses), images, seconds, speed, accuracy))
-        done = optim.part_done(train, epoch, steps, spent)
-        progress.epoch(done, epoch, mean, lr, speed)
+    keeper = keeper or Keeper()
+    with keeper.training(objective, optimizer, average) as at:
+        while _part_done(train, at) < 1:
+            epoch = len(at.epochs) + 1
+            mean = _epoch(objective, optimizer, loader, train, progress, average, keeper, at)
+            speed = at.images / at.seconds
+            done = len(at.losses), at.images, at.seconds
+            at.close(Epoch(epoch, at.lr, mean, *done, speed, measure(epoch)))
+            progress.epoch(_part_done(train, at), epoch, mean, at.lr, speed)
+            keeper.after_epoch(at)
+    return at.epochs
+
+
+def _part_done(train: Train, at: Position) -> float:
+    return optim.part_done(train, len(at.epochs), at.steps, at.spent)
+
+
+def _epoch(
+    objective: SinglePath,
+    optimizer: optim.Optimizer,
+    loader: Loader,
+    train: Train,
+    progress: TrainingProgress,
+    average: optim.Average | None,
+    keeper: Keeper,
+    at: Position,
+) -> float:
+    """The rest of an epoch, or of the budget; moves `at` and returns the mean loss."""
+    epoch, before, spent = len(at.epochs) + 1, at.steps - len(at.losses), at.spent - at.seconds
+    objective.train()
+    done = optim.part_done(train, epoch - 1, before, spent)
+    objective.set_progress(done)
+    batches = loader.epoch(epoch, done, first=len(at.losses))
+    done = _part_done(train, at)
+    start = time.perf_counter() - at.seconds
+    for batch in batches:
+        optimizer.lr = at.lr = optim.learning_rate(train, epoch, done)
+        if not train.epochs:
+            objective.set_progress(done)
+        at.losses.append(step(objective, optimizer, batch, train))
+        if average:
+            average.update(objective.model)
+        at.images += len(batch.labels)
+        at.seconds = time.perf_counter() - start
+        done = optim.part_done(train, epoch - 1, before + len(at.losses), spent + at.seconds)
+        if progress.due():
+            _check(at.losses[-1:], epoch, len(at.losses) - 1, train)
+            part = len(at.losses) / len(loader) / train.epochs if train.epochs else 0.0
+            progress.step(done + part, epoch, float(at.losses[-1]), at.images / at.seconds)
         if done >= 1:
-            return epochs
-    raise AssertionError("unreachable")
+            break
+        if keeper.due(at):
+            _check(at.losses, epoch, 0, train)
+            at.seconds = time.perf_counter() - start
+            keeper.keep(at)
+            start = time.perf_counter() - at.seconds
+    mean = _check(at.losses, epoch, 0, train)
+    at.seconds = time.perf_counter() - start
+    return mean
 
 
 def _check(losses: list[Tensor], epoch: int, first: int, train: Train) -> float:

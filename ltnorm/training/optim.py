@@ -7,9 +7,10 @@ short run.
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,22 @@ class Optimizer:
     def _update(self, parameters: list[Tensor], gradients: list[Tensor], decay: float) -> None:
         raise NotImplementedError
 
+    def state_dict(self) -> list[tuple[Tensor | None, ...] | None]:
+        """What it has gathered for each of its parameters."""
+        return [self.state.get(parameter) for parameter in self.parameters]
+
+    def load_state_dict(self, state: Sequence[tuple[Tensor | None, ...] | None]) -> None:
+        """Take what `state_dict` gave, wherever it lies."""
+        self.state = {
+            parameter: tuple(self._placed(i, value, parameter) for i, value in enumerate(values))
+            for parameter, values in zip(self.parameters, state, strict=True)
+            if values is not None
+        }
+
+    def _placed(self, i: int, value: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
+        """The i-th value for a parameter, where it has to lie."""
+        return None if value is None else value.to(parameter.device)
+
 
 class SGD(Optimizer):
     """v = momentum v + (g + weight_decay p); p = p - lr v."""
@@ -143,6 +160,9 @@ class AdamW(Optimizer):
             eps=1e-8,
             maximize=False,
         )
+
+    def _placed(self, i: int, value: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
+        return value if i == 2 else super()._placed(i, value, parameter)  # steps: on the CPU
 
 
 def build(
@@ -219,3 +239,12 @@ class Average:
         for counter, now in pairs:
             if not counter.is_floating_point():
                 counter.copy_(now)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average and how many updates it has had."""
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]

@@ -29,7 +29,11 @@ from ltnorm.reporting.state import under_way
 from ltnorm.training import checkpoint, optim
 from ltnorm.training.build import build_loader, build_model, build_objective
 from ltnorm.training.device import describe, resolve_device
-from ltnorm.training.loop import Epoch, fit
+from ltnorm.training.loop import fit
+from ltnorm.training.position import Epoch
+from ltnorm.training.resume import KEEPING, FileKeeper, Keeper, Keeping, forget
+
+THEN = ", then "  # between the devices that a run was made on
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Training:
         cost: of all stages.
         tau: of a correction, given or tuned.
         first_stage: the sha256 of the checkpoint that it started from.
-        devices: of earlier stages, in words.
+        machines: that had a part in it, each a device and a version of torch, in words.
     """
 
     model: nn.Module
@@ -75,7 +79,7 @@ class Training:
     cost: Cost
     tau: float | None = None
     first_stage: str | None = None
-    devices: Sequence[str] = ()
+    machines: Sequence[tuple[str, str]] = ()
 
 
 def load_run(
@@ -139,37 +143,83 @@ def finished_result(directory: Path, recipe: Recipe, data: PreparedSet) -> schem
 
 
 def run(
-    recipe: Recipe, data: PreparedSet, out: Path, output: Output, pretrained: Path | None = None
+    recipe: Recipe,
+    data: PreparedSet,
+    out: Path,
+    output: Output,
+    pretrained: Path | None = None,
+    *,
+    keeping: Keeping = KEEPING,
+    wait: bool = False,
 ) -> schema.Result:
     """Train and evaluate one recipe, `concrete` and checked, and write its directory under `out`.
 
-    A second stage is not taken: see `training.twostage`.
+    A training that was interrupted goes on where it was. A second stage is not taken: see
+    `training.twostage`.
+
+    Args:
+        recipe, data: what is run.
+        out, output: where results are written, and what is told meanwhile.
+        pretrained: the file of weights to start from.
+        keeping: how the state of the training is kept.
+        wait: for another process that makes the run, and has its result then.
 
     Raises:
-        LtnormError: the run failed: the loss diverged, its files could not be written, or another
-            process is making it.
+        Busy: another process is making the run.
+        LtnormError: the run failed: the loss diverged, or its files could not be written.
     """
-    with making(recipe, out, output) as (directory, output):
+    with making(recipe, out, output, wait) as (directory, output):
+        if not keeping.anew and (result := finished_result(directory, recipe, data)):
+            return result  # another process has made it since
         device = resolve_device(recipe.device)
-        done = _train(recipe, data, device, output, pretrained)
+        keeper = keeper_of(directory, recipe, data, device, keeping, output)
+        done = _train(recipe, data, device, output, pretrained, keeper)
         return finish(directory, recipe, data, done, device)
 
 
 @contextmanager
-def making(recipe: Recipe, out: Path, output: Output) -> Iterator[tuple[Path, Output]]:
+def making(
+    recipe: Recipe, out: Path, output: Output, wait: bool = False
+) -> Iterator[tuple[Path, Output]]:
     """A run while it is made: no other process makes it, and its directory tells how far it is.
 
     Gives the directory, with the recipe in it, and an output that training tells its progress.
 
     Raises:
-        LtnormError: another process makes the run, or it failed; see `explained`.
+        Busy: another process makes the run, unless this is to `wait` for its end.
+        LtnormError: it failed; see `explained`.
     """
     with explained(recipe, out):
         directory = schema.run_directory(recipe, out)
         directory.mkdir(parents=True, exist_ok=True)
-    with under_way(directory) as status, explained(recipe, out):
+    with under_way(directory, wait) as status, explained(recipe, out):
+        schema.remove_unwritten(directory)
         schema.write_text(directory / schema.RECIPE, recipe.to_yaml())
         yield directory, dataclasses.replace(output, tell=status.tell)
+
+
+def keeper_of(
+    directory: Path,
+    recipe: Recipe,
+    data: PreparedSet,
+    device: torch.device,
+    keeping: Keeping,
+    output: Output,
+    first_stage: str | None = None,
+) -> FileKeeper:
+    """What keeps the state of a run's training."""
+    run = {
+        "recipe": recipe.fingerprint(),
+        "seed": recipe.seed,
+        "images": data.index_sha256,
+        "first stage": first_stage,
+    }
+    return FileKeeper(directory, run, machine(device), keeping, output)
+
+
+def machine(device: torch.device) -> tuple[str, str]:
+    """What a run is made with: the device and the version of torch."""
+    return describe(device), str(torch.__version__)
 
 
 @contextmanager
@@ -195,6 +245,7 @@ def _train(
     device: torch.device,
     output: Output,
     pretrained: Path | None,
+    keeper: Keeper,
 ) -> Training:
     train = recipe.train
     loader = build_loader(recipe, data, data.open("train"), device)
@@ -210,11 +261,12 @@ def _train(
             train,
             progress,
             undecayed=norm_parameters(model, recipe.norm.name),
-            after_step=(lambda: average.update(model)) if average else lambda: None,
+            average=average,
             measure=measuring(recipe, measured, data, device),
+            keeper=keeper,
         )
     cost = cost_of(epochs, loader.images_per_epoch, train, objective.cost)
-    return Training(measured, epochs, cost)
+    return Training(measured, epochs, cost, machines=keeper.machines)
 
 
 def measuring(
@@ -275,6 +327,7 @@ def finish(
     _save(directory, recipe, data, done, measured)
     seconds = sum(epoch.seconds for epoch in done.epochs)
     images = sum(epoch.images for epoch in done.epochs)
+    devices, versions = zip(*done.machines, machine(device), strict=True)
     result = schema.Result(
         schema=schema.SCHEMA,
         **_recipe_columns(recipe),
@@ -287,13 +340,19 @@ def finish(
         train_loss=done.epochs[-1].loss if done.epochs else None,
         parameters=sum(p.numel() for p in done.model.parameters()),
         images_per_second=images / seconds if done.epochs else None,
-        device=", then ".join(dict.fromkeys([*done.devices, describe(device)])),
-        torch=torch.__version__,
+        device=_in_turn(devices),
+        torch=_in_turn(versions),
         ltnorm=__version__,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     schema.write_result(directory, result)
+    forget(directory)
     return result
+
+
+def _in_turn(names: Sequence[str]) -> str:
+    """`a, then b`; a name may be of this form itself."""
+    return THEN.join(dict.fromkeys(part for name in names for part in name.split(THEN)))
 
 
 def _save(

@@ -25,6 +25,7 @@ from ltnorm.training import checkpoint
 from ltnorm.training.build import build_loader, build_loss, build_objective, start_bias
 from ltnorm.training.loop import fit
 from ltnorm.training.objective import SinglePath
+from ltnorm.training.resume import KEEPING, Keeper, Keeping
 from ltnorm.training.run import (
     Cost,
     TrainedRun,
@@ -32,6 +33,7 @@ from ltnorm.training.run import (
     cost_of,
     finish,
     finished_result,
+    keeper_of,
     label,
     load_run,
     making,
@@ -107,34 +109,48 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def run(recipe: Recipe, first: FirstStage, out: Path, output: Output) -> schema.Result:
+def run(
+    recipe: Recipe,
+    first: FirstStage,
+    out: Path,
+    output: Output,
+    *,
+    keeping: Keeping = KEEPING,
+    wait: bool = False,
+) -> schema.Result:
     """Take the second stage of a recipe and write its directory under `out`.
 
     Args:
         recipe: `concrete`, with a `retrain` section.
         first: the first stage; its model is changed.
-        out, output: where results are written, and what is told meanwhile.
+        out, output, keeping, wait: as of a first stage, see `training.run.run`.
 
     Raises:
         UsageError: a mode of the norm layers without an effect.
-        LtnormError: the run failed: the loss diverged, its files could not be written, or another
-            process is making it.
+        Busy: another process is making the run.
+        LtnormError: the run failed: the loss diverged, or its files could not be written.
     """
     assert recipe.retrain
     trained, before = first.trained, first.result
     check(recipe)
-    with making(recipe, out, output) as (directory, output):
-        stage = _retrained if recipe.retrain.trains else _computed
-        done = stage(recipe, trained.model, trained.data, trained.device, output)
+    with making(recipe, out, output, wait) as (directory, output):
+        made = None if keeping.anew else finished_result(directory, recipe, trained.data)
+        if made and made.first_stage == first.sha256:
+            return made  # another process has made it since
+        data, device = trained.data, trained.device
+        if recipe.retrain.trains:
+            keeper = keeper_of(directory, recipe, data, device, keeping, output, first.sha256)
+            done = _retrained(recipe, trained.model, data, device, output, keeper)
+        else:
+            done = _computed(recipe, trained.model, data, device)
         cost = Cost(**{f.name: getattr(before, f.name) for f in fields(Cost)}) + done.cost
-        whole = replace(
-            done, cost=cost, first_stage=first.sha256, devices=[before.device, *done.devices]
-        )
-        return finish(directory, recipe, trained.data, whole, trained.device)
+        machines = [(before.device, before.torch), *done.machines]
+        whole = replace(done, cost=cost, first_stage=first.sha256, machines=machines)
+        return finish(directory, recipe, data, whole, device)
 
 
 def _computed(
-    recipe: Recipe, model: nn.Module, data: PreparedSet, device: torch.device, output: Output
+    recipe: Recipe, model: nn.Module, data: PreparedSet, device: torch.device
 ) -> Training:
     """tau-norm, logit-adjust and ncm: another weight or bias, without training."""
     assert recipe.retrain
@@ -158,7 +174,12 @@ def _computed(
 
 
 def _retrained(
-    recipe: Recipe, model: nn.Module, data: PreparedSet, device: torch.device, output: Output
+    recipe: Recipe,
+    model: nn.Module,
+    data: PreparedSet,
+    device: torch.device,
+    output: Output,
+    keeper: Keeper,
 ) -> Training:
     """crt and lws: the classifier trained with the sampler and the loss of the second stage."""
     assert recipe.retrain
@@ -176,13 +197,15 @@ def _retrained(
             progress,
             undecayed=norm_parameters(model, recipe.norm.name),
             measure=measuring(recipe, model, data, device),
+            keeper=keeper,
         )
     if scale is not None:
         scale.fold()
     forward, backward = objective.cost
     # Gradients of the classifier alone do not go through the network.
     passes = forward, backward if recipe.retrain.norm == "adapting" else 0
-    return Training(model, epochs, cost_of(epochs, loader.images_per_epoch, train, passes))
+    cost = cost_of(epochs, loader.images_per_epoch, train, passes)
+    return Training(model, epochs, cost, machines=keeper.machines)
 
 
 def settings(recipe: Recipe) -> Train:

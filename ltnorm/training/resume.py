@@ -1,0 +1,273 @@
+"""What is kept of a training that is under way, so that it goes on where it was, to the bit.
+
+    resume-<epochs>-<steps>-<hash>.pt    in the run's directory, the last two of them
+
+Each is written whole or not at all, and its name has the hash of its content: what was damaged
+since is known, and the one before it is taken. Loading it runs no code. Order and augmentation
+follow from seed, epoch and step (see `ltnorm.data.loader`), so that their state is the place.
+"""
+
+import dataclasses
+import hashlib
+import io
+import random
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ltnorm import __version__
+from ltnorm.console import Output
+from ltnorm.reporting.schema import write_bytes
+from ltnorm.training.optim import Average, Optimizer
+from ltnorm.training.position import Epoch, Position
+from ltnorm.training.stop import Stop, deferred
+
+FORMAT = 1
+KEPT = 2
+NAME = re.compile(r"resume-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a training is kept: after each epoch, and after so many steps if it is given.
+
+    `anew` forgets what was kept.
+    """
+
+    steps: int | None = None
+    anew: bool = False
+
+
+KEEPING = Keeping()
+
+
+class Keeper:
+    """Keeps nothing: every training starts anew.
+
+    Attributes:
+        machines: that have had a part in the training, each a device and a version of torch, in
+            their order.
+    """
+
+    machines: Sequence[tuple[str, str]] = ()
+
+    @contextmanager
+    def training(
+        self, objective: nn.Module, optimizer: Optimizer, average: Average | None
+    ) -> Iterator[Position]:
+        """Around a training; gives the position from which it goes on, its parts set to it."""
+        yield Position()
+
+    def due(self, at: Position) -> bool:
+        """After a step: whether to keep where the training is."""
+        return False
+
+    def keep(self, at: Position) -> None:
+        """Keep a position in the midst of an epoch."""
+
+    def after_epoch(self, at: Position) -> None:
+        """An epoch is over."""
+
+
+class FileKeeper(Keeper):
+    """Keeps the state of a training in its run's directory.
+
+    Args:
+        directory: of the run.
+        run: what the state belongs to, plain values by name; another's is not taken.
+        machine: that this process trains on.
+        keeping: how often.
+        output: told what is taken, and what cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        run: dict[str, Any],
+        machine: tuple[str, str],
+        keeping: Keeping,
+        output: Output,
+    ) -> None:
+        self.directory, self.output, self.keeping = directory, output, keeping
+        self.run = run | {"version": __version__, "format": FORMAT}
+        self.machines = [machine]
+        self._parts: _Parts | None = None
+        self._stop = Stop()
+        self._place: tuple[int, int] | None = None
+        self._failed = False
+
+    @contextmanager
+    def training(
+        self, objective: nn.Module, optimizer: Optimizer, average: Average | None
+    ) -> Iterator[Position]:
+        """As `Keeper`. Inside, Ctrl-C and SIGTERM wait until the state is kept."""
+        self._parts = _Parts(objective, optimizer, average)
+        if self.keeping.anew:
+            forget(self.directory)
+        with deferred() as self._stop:
+            yield self._restored() or Position()
+
+    def due(self, at: Position) -> bool:
+        """After a step: whether it is time, or the training is to end."""
+        every = self.keeping.steps
+        return self._stop.asked or bool(every and at.steps % every == 0)
+
+    def keep(self, at: Position) -> None:
+        """Keep a position; this is where a training ends that was told to."""
+        self._save(at)
+        self._stop.deliver()
+
+    def after_epoch(self, at: Position) -> None:
+        """Keep a position; this is where a training ends that was told to."""
+        self.keep(at)
+
+    def _save(self, at: Position) -> None:
+        if (place := (len(at.epochs), at.steps)) == self._place:
+            return
+        content = io.BytesIO()
+        torch.save(self._state(at), content)
+        epochs, steps = place
+        name = f"resume-{epochs:05}-{steps:08}-{_hash(content.getvalue())}.pt"
+        try:
+            write_bytes(self.directory / name, content.getvalue())
+        except OSError as error:  # it can go well the next time, and training needs it not
+            if not self._failed:
+                self.output.warn(
+                    f"cannot keep the state of {self.directory}: {error.strerror or error}; "
+                    "training goes on"
+                )
+            self._failed = True
+            return
+        self._place, self._failed = place, False
+        for file in _kept(self.directory)[KEPT:]:
+            file.unlink(missing_ok=True)
+
+    def _state(self, at: Position) -> dict[str, Any]:
+        assert self._parts
+        return {
+            "run": self.run,
+            "machines": self.machines,
+            "position": {
+                "epochs": [dataclasses.astuple(epoch) for epoch in at.epochs],
+                "losses": torch.stack(at.losses).cpu() if at.losses else None,
+                "images": at.images,
+                "seconds": at.seconds,
+                "lr": at.lr,
+            },
+            "parts": self._parts.state(),
+            "random": _random_state(),
+        }
+
+    def _restored(self) -> Position | None:
+        """Set the parts to the last state that can be read; None where there is none."""
+        assert self._parts
+        for file in _kept(self.directory):
+            if state := self._read(file):
+                break
+        else:
+            return None
+        self._parts.restore(state["parts"])
+        _set_random_state(state["random"])
+        before = [tuple(machine) for machine in state["machines"]]
+        self.machines = list(dict.fromkeys([*before, *self.machines]))
+        known = state["position"]
+        losses = [] if known["losses"] is None else list(known["losses"].to(self._parts.device))
+        epochs = [Epoch(*values) for values in known["epochs"]]
+        at = Position(epochs, losses, known["images"], known["seconds"], known["lr"])
+        self._place = len(at.epochs), at.steps
+        self.output.note(f"{self.directory} goes on after {_words(at)}")
+        return at
+
+    def _read(self, file: Path) -> dict[str, Any] | None:
+        """The state in a file; None, and why, where it cannot be taken."""
+        try:
+            content = file.read_bytes()
+            if _hash(content) != NAME.fullmatch(file.name)[3]:
+                raise ValueError("its content has changed")
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            found = state["run"]
+        except Exception as error:  # torch raises many kinds
+            why = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+            self.output.warn(f"{file} is damaged ({why:.80}): going back to the one before it")
+            return None
+        if found != self.run:
+            differs = [key for key in self.run if found.get(key) != self.run[key]]
+            self.output.warn(f"{file} is of another {' and '.join(differs)}: not taken")
+            return None
+        return state
+
+
+def _words(at: Position) -> str:
+    step = f"step {len(at.losses)} of epoch {len(at.epochs) + 1}"
+    return step if at.losses else f"epoch {len(at.epochs)}"
+
+
+def forget(directory: Path) -> None:
+    """Remove what was kept of a training."""
+    for file in _kept(directory):
+        file.unlink(missing_ok=True)
+
+
+def _kept(directory: Path) -> list[Path]:
+    """The files of a run, the last first."""
+    names = [path for path in directory.glob("resume-*.pt") if NAME.fullmatch(path.name)]
+    return sorted(names, key=lambda path: path.name, reverse=True)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What training changes."""
+
+    objective: nn.Module
+    optimizer: Optimizer
+    average: Average | None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.objective.parameters()).device
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+
+
+def _random_state() -> dict[str, Any]:
+    """Of all generators that a model or a loss may draw from."""
+    kind, numbers, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": (kind, torch.from_numpy(numbers.astype(np.int64)), *rest),
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    with suppress(RuntimeError):  # another number of devices: then it is another machine
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+    kind, numbers, *rest = state["numpy"]
+    np.random.set_state((kind, numbers.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
