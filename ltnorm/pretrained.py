@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from ltnorm import pickled
 from ltnorm.errors import UsageError
 
 
@@ -76,20 +76,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     _check_file(path)
     safetensors = path.suffix == ".safetensors"
     if safetensors and importlib.util.find_spec("safetensors") is None:
-        raise UsageError(f"reading {path} needs safetensors", 'pip install "ltnorm[timm]"')
+        raise UsageError(f"reading {path} needs safetensors", 'pip install "ltnorm[export]"')
     try:
         if safetensors:
-            from safetensors.torch import load_file
-
-            content = load_file(path)
+            content = _read_safetensors(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's, of its flags
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
+            content = pickled.read(path, allowed=[argparse.Namespace])  # timm's, of its flags
+    except pickled.Refused as refused:
+        trust = "nothing was run; of a model that you trust, " if refused.code else ""
         raise UsageError(
-            f"{path} is damaged, or holds more than weights ({type(error).__name__})",
-            "save the weights alone, by torch.save(model.state_dict(), FILE)",
-        ) from error
+            f"{path} is no file of weights: it {refused}",
+            f"{trust}save the weights alone, by torch.save(model.state_dict(), FILE)",
+        ) from refused
     content = content if isinstance(content, dict) else {}
     nested = (content.get(key) for key in ("state_dict_ema", "state_dict", "model"))
     content = next((state for state in nested if isinstance(state, dict)), content)
@@ -104,6 +102,15 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             "save them by torch.save(model.state_dict(), FILE)",
         )
     return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # its own kinds, and the system's
+        raise pickled.Refused(f"is damaged ({type(error).__name__})", None) from error
 
 
 def _check_file(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from ltnorm import pickled
 from ltnorm.errors import LtnormError, NothingFound
 from ltnorm.recipe import Recipe
 from ltnorm.reporting.schema import RESULT, write_bytes
@@ -93,12 +94,12 @@ def load(path: Path) -> Checkpoint:
             hint = "this run is kept without its checkpoint; `ltnorm train --force` makes it anew"
         raise NothingFound(f"no checkpoint at {path}", hint)
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise LtnormError(
-            f"{path} is damaged or not a checkpoint ({type(error).__name__})",
-            f"name a run's directory or its {NAME}; if that is damaged, `ltnorm train --force`",
-        ) from error
+        content: Any = pickled.read(path)
+    except pickled.Refused as refused:
+        hint = f"name a run's directory or its {NAME}; if that is damaged, `ltnorm train --force`"
+        if refused.code:
+            hint = "nothing was run; ltnorm wrote no such file, so do not trust where it is from"
+        raise LtnormError(f"{path} is not a checkpoint: it {refused}", hint) from refused
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
         raise LtnormError(
