@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from ltnorm import pickled
+from ltnorm.data.prepared import PreparedSet
 from ltnorm.errors import LtnormError, NothingFound
 from ltnorm.recipe import Recipe
 from ltnorm.reporting.schema import RESULT, write_bytes
@@ -20,10 +21,35 @@ NAME = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a model takes and gives, so that it can be used without its data.
+
+    Attributes:
+        image_size: height and width of the images, in pixels.
+        resize: the shorter side that an image is resized to before the centre crop.
+        mean, std: of the channels, in 0 .. 1: the model takes (x / 255 - mean) / std.
+        classes: their names, in the order of the logits.
+    """
+
+    image_size: int
+    resize: int
+    mean: list[float]
+    std: list[float]
+    classes: list[str]
+
+    @classmethod
+    def of(cls, data: PreparedSet) -> "Inputs":
+        """Those of a prepared set."""
+        resize = data.image_size if data.decoded else data.manifest["resize"]
+        return cls(data.image_size, resize, list(data.mean), list(data.std), list(data.classes))
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A trained model with its recipe and the class counts that it was trained with.
 
     `model` is what `state_dict` gives, whose metadata has the version of each layer's state.
+    `inputs` has the fields of `Inputs`; None in a checkpoint from before there were any.
     """
 
     recipe: str  # YAML
@@ -31,6 +57,7 @@ class Checkpoint:
     index_sha256: str
     epoch: int
     model: dict[str, torch.Tensor]
+    inputs: dict[str, Any] | None = None
     format: int = FORMAT
 
     def parsed_recipe(self) -> Recipe:
@@ -109,4 +136,4 @@ def load(path: Path) -> Checkpoint:
     kinds = {"recipe": str, "counts": list, "index_sha256": str, "epoch": int, "model": dict}
     if any(not isinstance(content.get(name), kind) for name, kind in kinds.items()):
         raise _foreign("it lacks parts")
-    return Checkpoint(**{name: content[name] for name in kinds})
+    return Checkpoint(**{name: content[name] for name in kinds}, inputs=content.get("inputs"))

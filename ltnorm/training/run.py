@@ -114,7 +114,19 @@ def load_run(
             "name the prepared set of that run with --data-dir",
         )
     where = resolve_device(device or recipe.device)
-    model = build_model(recipe, data.counts, data.image_size)
+    model = load_model(path, saved, recipe, data.image_size)
+    return TrainedRun(recipe, data, model.to(where), where)
+
+
+def load_model(
+    path: Path, saved: checkpoint.Checkpoint, recipe: Recipe, image_size: int
+) -> nn.Module:
+    """The model of a checkpoint, on the CPU. `path` is what errors call it.
+
+    Raises:
+        LtnormError: the weights do not fit the recipe, or are of a newer version.
+    """
+    model = build_model(recipe, saved.counts, image_size)
     try:
         model.load_state_dict(saved.model)
     except NewerStateError as error:
@@ -126,7 +138,7 @@ def load_run(
         raise LtnormError(
             f"the checkpoint of {path} does not fit its own recipe", "train the run again (--force)"
         ) from error
-    return TrainedRun(recipe, data, model.to(where), where)
+    return model
 
 
 def finished_result(directory: Path, recipe: Recipe, data: PreparedSet) -> schema.Result | None:
@@ -373,6 +385,7 @@ def _save(
         index_sha256=data.index_sha256,
         epoch=len(done.epochs),
         model=state,
+        inputs=dataclasses.asdict(checkpoint.Inputs.of(data)),
     )
     checkpoint.save(directory / checkpoint.NAME, saved)
     header = [f.name for f in dataclasses.fields(Epoch)]
