@@ -19,6 +19,7 @@ from ltnorm.cli import (
     compare,
     diff,
     evaluate,
+    export,
     inspect,
     prepare,
     retrain,
@@ -40,6 +41,7 @@ app.command("prepare")(prepare.command)
 app.command("train")(train.command)
 app.command("retrain")(retrain.command)
 app.command("eval")(evaluate.command)
+app.command("export")(export.command)
 app.command("inspect")(inspect.command)
 app.command("compare")(compare.command)
 app.command("runs")(runs.command)
