@@ -2,16 +2,21 @@
 
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.transforms import v2
 
 from ltnorm import export
+from ltnorm.data.loader import normalize
 from ltnorm.errors import LtnormError
 from ltnorm.norms import norm_layer, route
 from ltnorm.norms.compound import CompoundBatchNorm
@@ -19,6 +24,7 @@ from ltnorm.norms.layer import NewerStateError
 from ltnorm.training import checkpoint
 from ltnorm.training.run import load_model
 
+PAGE = Path(__file__).parent.parent / "docs" / "export.md"
 RUN = "results/synthetic-exp10/resnet8-compound-ce/seed0"
 TRAIN = "train --recipe tiny.yaml --norm compound --quiet"
 NORMS = {
@@ -85,6 +91,28 @@ def test_onnx_computes_what_the_run_computes(ltnorm, tmp_path):
     assert about["fingerprint"] == checkpoint.load(run).parsed_recipe().fingerprint()
     assert "/ltnorm/" not in str(onnx.load("model.onnx"))  # no paths of this machine
     agree(session, model_of(run))
+
+    assert ltnorm(f"export {run}").code == 0
+    Path("model.onnx").rename(run / "model.onnx")
+    check_examples(run)
+
+
+def check_examples(run):
+    """The examples of the page, on a photo that has to be resized and cropped."""
+    pixels = np.random.default_rng(0).integers(0, 256, (31, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("photo.png")
+    text = PAGE.read_text().replace("photo.jpg", "photo.png")
+    first, second = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names = {}
+    exec(re.sub('Path\\(".*"\\)', f"Path({str(run)!r})", first).replace("32, 32", "8, 8"), names)
+    assert torch.equal(names["logits"], model_of(run)(torch.zeros(1, 3, 8, 8)))
+    exec(second, names)
+    change = v2.Compose([v2.PILToTensor(), v2.Resize(8), v2.CenterCrop(8)])
+    seen = change(Image.open("photo.png")).permute(1, 2, 0)[None]
+    assert (names["resize"], names["classes"][0]) == (8, "texture-0")
+    expected = names["model"](normalize(seen, names["mean"], names["std"]))
+    # Pillow and torchvision round a resized pixel each in its own way.
+    torch.testing.assert_close(torch.from_numpy(names["logits"]), expected, rtol=0.02, atol=0.02)
 
 
 def agree(session, model):
