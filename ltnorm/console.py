@@ -36,6 +36,7 @@ class Output:
     """Where a command prints. stdout: tables, one JSON document, directories. stderr: the rest.
 
     `tell` hears of training as well: the part done, the epochs done, and how many there will be.
+    `log` names what else a run writes of itself, see `training.log`.
     """
 
     quiet: bool = False
@@ -43,6 +44,7 @@ class Output:
     out: Console = field(default_factory=lambda: _console(stderr=False))
     err: Console = field(default_factory=lambda: _console(stderr=True))
     tell: Callable[[float, int, int | None], None] | None = None
+    log: str | None = None
 
     def product(self, renderable: RenderableType) -> None:
         """A table or text for people, on stdout; nothing in JSON mode."""

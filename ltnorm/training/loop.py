@@ -68,6 +68,7 @@ def fit(
     average: optim.Average | None = None,
     measure: Callable[[int], float | None] = lambda epoch: None,
     keeper: Keeper | None = None,
+    on_epoch: Callable[[Epoch], None] = lambda row: None,
 ) -> list[Epoch]:
     """Train `objective` until the budget is spent.
 
@@ -83,6 +84,7 @@ def fit(
         average: of the model's weights; follows every step.
         measure: called after every epoch, outside the clock; may return an accuracy.
         keeper: of the state, from which the training goes on; None keeps nothing.
+        on_epoch: called with the row of every epoch.
 
     Raises:
         LtnormError: the loss became infinite or NaN.
@@ -96,6 +98,7 @@ def fit(
             speed = at.images / at.seconds
             done = len(at.losses), at.images, at.seconds
             at.close(Epoch(epoch, at.lr, mean, *done, speed, measure(epoch)))
+            on_epoch(at.epochs[-1])
             progress.epoch(_part_done(train, at), epoch, mean, at.lr, speed)
             keeper.after_epoch(at)
     return at.epochs

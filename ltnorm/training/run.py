@@ -29,6 +29,7 @@ from ltnorm.reporting.state import under_way
 from ltnorm.training import checkpoint, optim
 from ltnorm.training.build import build_loader, build_model, build_objective
 from ltnorm.training.device import describe, resolve_device
+from ltnorm.training.log import Log, logged
 from ltnorm.training.loop import fit
 from ltnorm.training.position import Epoch
 from ltnorm.training.resume import KEEPING, FileKeeper, Keeper, Keeping, forget
@@ -185,8 +186,11 @@ def run(
             return result  # another process has made it since
         device = resolve_device(recipe.device)
         keeper = keeper_of(directory, recipe, data, device, keeping, output)
-        done = _train(recipe, data, device, output, pretrained, keeper)
-        return finish(directory, recipe, data, done, device)
+        with logged(directory, output) as log:
+            done = _train(recipe, data, device, output, pretrained, keeper, log)
+            result = finish(directory, recipe, data, done, device)
+            log.result(result, len(done.epochs))
+        return result
 
 
 @contextmanager
@@ -258,6 +262,7 @@ def _train(
     output: Output,
     pretrained: Path | None,
     keeper: Keeper,
+    log: Log,
 ) -> Training:
     train = recipe.train
     loader = build_loader(recipe, data, data.open("train"), device)
@@ -276,6 +281,7 @@ def _train(
             average=average,
             measure=measuring(recipe, measured, data, device),
             keeper=keeper,
+            on_epoch=log.epoch,
         )
     cost = cost_of(epochs, loader.images_per_epoch, train, objective.cost)
     return Training(measured, epochs, cost, machines=keeper.machines)

@@ -23,6 +23,7 @@ from ltnorm.recipe import Recipe, Train
 from ltnorm.reporting import schema
 from ltnorm.training import checkpoint
 from ltnorm.training.build import build_loader, build_loss, build_objective, start_bias
+from ltnorm.training.log import Log, logged
 from ltnorm.training.loop import fit
 from ltnorm.training.objective import SinglePath
 from ltnorm.training.resume import KEEPING, Keeper, Keeping
@@ -134,19 +135,22 @@ def run(
     trained, before = first.trained, first.result
     check(recipe)
     with making(recipe, out, output, wait) as (directory, output):
-        made = None if keeping.anew else finished_result(directory, recipe, trained.data)
+        data, device = trained.data, trained.device
+        made = None if keeping.anew else finished_result(directory, recipe, data)
         if made and made.first_stage == first.sha256:
             return made  # another process has made it since
-        data, device = trained.data, trained.device
-        if recipe.retrain.trains:
-            keeper = keeper_of(directory, recipe, data, device, keeping, output, first.sha256)
-            done = _retrained(recipe, trained.model, data, device, output, keeper)
-        else:
-            done = _computed(recipe, trained.model, data, device)
-        cost = Cost(**{f.name: getattr(before, f.name) for f in fields(Cost)}) + done.cost
-        machines = [(before.device, before.torch), *done.machines]
-        whole = replace(done, cost=cost, first_stage=first.sha256, machines=machines)
-        return finish(directory, recipe, data, whole, device)
+        with logged(directory, output) as log:
+            if recipe.retrain.trains:
+                keeper = keeper_of(directory, recipe, data, device, keeping, output, first.sha256)
+                done = _retrained(recipe, trained.model, data, device, output, keeper, log)
+            else:
+                done = _computed(recipe, trained.model, data, device)
+            cost = Cost(**{f.name: getattr(before, f.name) for f in fields(Cost)}) + done.cost
+            machines = [(before.device, before.torch), *done.machines]
+            whole = replace(done, cost=cost, first_stage=first.sha256, machines=machines)
+            result = finish(directory, recipe, data, whole, device)
+            log.result(result, len(done.epochs))
+        return result
 
 
 def _computed(
@@ -180,6 +184,7 @@ def _retrained(
     device: torch.device,
     output: Output,
     keeper: Keeper,
+    log: Log,
 ) -> Training:
     """crt and lws: the classifier trained with the sampler and the loss of the second stage."""
     assert recipe.retrain
@@ -198,6 +203,7 @@ def _retrained(
             undecayed=norm_parameters(model, recipe.norm.name),
             measure=measuring(recipe, model, data, device),
             keeper=keeper,
+            on_epoch=log.epoch,
         )
     if scale is not None:
         scale.fold()
