@@ -30,8 +30,8 @@ from ltnorm.evaluation.inspection import Inspector
 from ltnorm.evaluation.posthoc import outputs
 from ltnorm.recipe import Train
 from ltnorm.training.build import build_loader, build_model, check
-from ltnorm.training.recalibrate import recalibrated
 from ltnorm.training.log import Log
+from ltnorm.training.recalibrate import recalibrated
 from ltnorm.training.resume import Keeper
 from ltnorm.training.run import run
 from ltnorm.training.twostage import _retrained

@@ -60,6 +60,10 @@ Sampler = Annotated[
 ]
 Precision = Annotated[str | None, typer.Option("--precision", help="auto, fp32 or bf16.")]
 Tag = Annotated[str | None, typer.Option("--tag", help="A word that tells this experiment apart.")]
+Log = Annotated[
+    str | None,
+    typer.Option("--log", help="tensorboard: also write each epoch into the run's directory."),
+]
 CheckpointSteps = Annotated[
     int | None,
     typer.Option(

@@ -70,6 +70,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where results are written (beside RUN's).")
     ] = None,
+    log: options.Log = None,
     checkpoint_steps: options.CheckpointSteps = None,
     dry_run: options.DryRun = False,
     force: options.Force = False,
@@ -83,8 +84,10 @@ def command(
     `ltnorm retrain results/synthetic-exp100/resnet8-bn-ce/seed0 --method crt`
     """
     from ltnorm.reporting import schema
+    from ltnorm.training.log import check as check_log
 
-    output = Output(quiet=quiet, json=json)
+    check_log(log)
+    output = Output(quiet=quiet, json=json, log=log)
     flags = {FLAGS[k]: v for k, v in context.params.items() if k in FLAGS and v is not None}
     done: dict[Path, Any] = {}
     planned: list[train.Job] = []

@@ -93,6 +93,7 @@ def command(
     root: options.Root = options.ROOT,
     data_dir: options.DataDir = options.DATA_DIR,
     out: options.Out = options.OUT,
+    log: options.Log = None,
     checkpoint_steps: options.CheckpointSteps = None,
     dry_run: options.DryRun = False,
     force: options.Force = False,
@@ -109,8 +110,10 @@ def command(
     """
     from ltnorm import resolve as recipes
     from ltnorm.reporting import schema
+    from ltnorm.training.log import check as check_log
 
-    output = Output(quiet=quiet, json=json)
+    check_log(log)
+    output = Output(quiet=quiet, json=json, log=log)
     base = recipes.read(recipe or options.default_recipe(dataset, set_ or ()))
     flags = options.recipe_flags(context.params) | _schedules(schedule or ())
     if pretrained is not None:
