@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms import v2
 
-from ltnorm import export
+from ltnorm import export, registry
 from ltnorm.data.loader import normalize
 from ltnorm.errors import LtnormError
 from ltnorm.norms import norm_layer, route
@@ -27,12 +27,10 @@ from ltnorm.training.run import load_model
 PAGE = Path(__file__).parent.parent / "docs" / "export.md"
 RUN = "results/synthetic-exp10/resnet8-compound-ce/seed0"
 TRAIN = "train --recipe tiny.yaml --norm compound --quiet"
-NORMS = {
-    "bn": {},
-    "gn": {"num_groups": 2},
-    "compound": {},
-    "split": {},
-    "posterior": {"evaluation": "posterior", "affine": "component"},
+# By the name of a branch: all norms, and the rule of `split` by which it is a mixture.
+NORMS = {name: {} for name in registry.NORMS} | {
+    "gn": {"group_size": 2},
+    "split: posterior": {"evaluation": "posterior", "affine": "component"},
 }
 
 
@@ -128,7 +126,7 @@ class Branches(nn.Module):
 
     def __init__(self):
         super().__init__()
-        norms = [norm_layer("split" if n == "posterior" else n, **o) for n, o in NORMS.items()]
+        norms = [norm_layer(name.split(":")[0], **options) for name, options in NORMS.items()]
         self.norms = nn.ModuleList(norm(4) for norm in norms)
         self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
 
