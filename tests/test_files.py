@@ -330,6 +330,8 @@ class FileSet(PreparedSet):
             "counts": counts,
             "classes": ["a", "b", "c"],
             "image_size": SIZE,
+            "decoded": False,
+            "resize": RESIZE,
             "mean": IMAGENET_MEAN,
             "std": IMAGENET_STD,
         }
