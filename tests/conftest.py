@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from hypothesis import settings
 
-from ltnorm import resolve as recipes
-from ltnorm.cli import main
-from ltnorm.data.prepare import prepare
+# What imports torch is imported where it is used: the process that only hands out the files to
+# the workers loads this file too, and they wait for it.
 
 # Ten classes are too many for a set of seconds; these are enough for three groups.
 TINY = {
@@ -33,8 +31,37 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: more threads would wait for each other
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, which reads it
+
+# Long files, longest first: handed out first, so that no worker ends with a long one alone.
+LONG = (
+    "test_readme.py",
+    "test_peer_norms.py",
+    "test_cli.py",
+    "test_models.py",
+    "test_page.py",
+    "test_state.py",
+    "test_prepare.py",
+    "test_combinations.py",
+    "test_training.py",
+    "test_distributed.py",
+    "test_figures.py",
+    "test_files.py",
+    "test_dryrun.py",
+    "test_wheel.py",
+    "test_norms.py",
+    "test_twostage.py",
+    "test_convert.py",
+    "test_bench.py",
+    "test_compare_cli.py",
+    "test_inspect.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of LONG first; the others stay in their order."""
+    rank = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
 
 
 @dataclass
@@ -49,6 +76,8 @@ class Answer:
 @pytest.fixture
 def ltnorm(tmp_path, monkeypatch, capsys):
     """Run a command line in an empty folder: ltnorm("train --norm bn") -> Answer."""
+    from ltnorm.cli import main
+
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
 
@@ -82,6 +111,8 @@ def failing(ltnorm):
 def tiny_recipe():
     """A validated tiny recipe: tiny_recipe(norm="compound", **{"train.epochs": 3})."""
 
+    from ltnorm import resolve as recipes
+
     def make(norm: str = "bn", seed: int = 0, **flags):
         overrides = recipes.Overrides(flags, norms=[norm], seeds=[seed])
         return recipes.resolve(TINY, overrides)[0]
@@ -92,6 +123,8 @@ def tiny_recipe():
 @pytest.fixture
 def tiny_set(tiny_recipe, tmp_path):
     """The prepared set of the tiny recipe."""
+    from ltnorm.data.prepare import prepare
+
     return prepare(tiny_recipe().dataset, tmp_path / "raw", tmp_path / "data")
 
 
