@@ -148,13 +148,12 @@ def test_another_seed_gives_other_weights(tiny_recipe):
 
 def test_training_lowers_the_loss(tiny_recipe, tiny_set, tmp_path):
     for norm in NORMS:
-        recipe, _ = concrete(tiny_recipe(norm=norm, **{"train.epochs": 14}))
+        recipe, _ = concrete(tiny_recipe(norm=norm, **{"train.epochs": 7}))
         run(recipe, tiny_set, tmp_path, Output(quiet=True))
         rows = (schema.run_directory(recipe, tmp_path) / "epochs.csv").read_text().splitlines()
         assert rows[0] == ("epoch,lr,loss,steps,images,seconds,images_per_second,accuracy")
         first, last = (float(row.split(",")[2]) for row in (rows[1], rows[-1]))
-        # (Three components of exact posteriors learn slowly from batches of 16 tiny images.)
-        assert last < (0.99 if norm == "mixture" else 0.85) * first, norm
+        assert last < 0.85 * first, norm
 
 
 def test_images_processed_tell_the_cost_of_the_dual_path(tiny_recipe, tiny_set, tmp_path):
