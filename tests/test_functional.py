@@ -183,14 +183,13 @@ def test_the_vmap_rule(kind):
 
 
 @pytest.mark.parametrize("assign", ["image", "position"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_training_has_the_same_gradients(assign, dtype):
+def test_compiled_training_in_bf16_has_the_same_gradients(assign):
     torch._dynamo.reset()
     layer = norm_layer("compound", components=2, assign=assign)(4)
     other = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        x = torch.randn(6, 4, 3, 3).to(dtype)
+        x = torch.randn(6, 4, 3, 3).to(torch.bfloat16)
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
         compiled(ours).square().sum().backward()
         other(theirs).square().sum().backward()

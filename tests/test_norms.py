@@ -442,8 +442,14 @@ def test_compiles_as_one_graph(assign):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for step in range(3):
         x, groups = images(6, 4, 3, 3, seed=step), torch.tensor([0, 1, -1, -1, 0, 1])
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
         with route(layer, groups), route(reference, groups):
-            torch.testing.assert_close(compiled(x), reference(x))
+            ours, theirs = compiled(inputs[0]), reference(inputs[1])
+        torch.testing.assert_close(ours, theirs)
+        ours.square().sum().backward()
+        theirs.square().sum().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(layer.weight.grad, reference.weight.grad, rtol=1e-3, atol=1e-3)
     layer.eval(), reference.eval()
     torch.testing.assert_close(compiled(x), reference(x))
 
