@@ -73,7 +73,8 @@ def worker(rank, address, results):
 def ranks(tmp_path_factory):
     results = mp.Manager().dict()
     address = tmp_path_factory.mktemp("ranks") / "store"
-    mp.spawn(worker, (str(address), results), nprocs=2)
+    mp.set_forkserver_preload(["ltnorm.norms"])  # torch is imported once for both
+    mp.start_processes(worker, (str(address), results), nprocs=2, start_method="forkserver")
     return dict(results)
 
 

@@ -20,14 +20,14 @@ from ltnorm.validation import validate
 
 
 def spec(**options):
-    small = {"name": "synthetic", "train_per_class": 100, "test_per_class": 5}
+    small = {"name": "synthetic", "image_size": 8, "train_per_class": 100, "test_per_class": 5}
     return validate({"dataset": small | options}).dataset
 
 
 def test_a_prepared_set_holds_the_chosen_images(tmp_path):
     wanted = spec(ratio=10, train_per_class=50, val=5, data_seed=3)
     made = prepare(wanted, tmp_path, tmp_path / "data")
-    source = synthetic(Raw(tmp_path), train_per_class=50, test_per_class=5)
+    source = synthetic(Raw(tmp_path), image_size=8, train_per_class=50, test_per_class=5)
     subset = choose(source.train.labels, 10, 10, val=5, data_seed=3)
     for split, images, labels in (
         ("train", source.train.images[subset.train], source.train.labels[subset.train]),

@@ -22,9 +22,8 @@ PROJECT = Path(__file__).parent.parent
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 SMALLER = "--epochs 1 --batch-size 32 --model resnet8 --n-max 100 --seeds 0"
 HELD_OUT = "--val 10 --eval-split val"  # 10,000 test images take long
-SMALLER_SYNTHETIC = " ".join(
-    f"--set dataset.{small}" for small in ("train_per_class=100", "test_per_class=5", "image_size=8")
-)
+SMALLER_SYNTHETIC = "--set dataset.train_per_class=100 --set dataset.test_per_class=5"
+SMALLER_SYNTHETIC += " --set dataset.image_size=8"
 
 
 def commands(page: Path) -> list[str]:
