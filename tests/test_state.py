@@ -26,7 +26,7 @@ from ltnorm.reporting.state import State
 BN = "results/synthetic-exp10/resnet8-bn-ce/seed0"
 GN = "results/synthetic-exp10/resnet8-gn-ce/seed0"
 LONG = ["--epochs", "100000", "--quiet"]
-SHORT = ["--set", "train.seconds=4", "--quiet"]
+SHORT = ["--set", "train.seconds=3", "--quiet"]
 
 
 def started(folder, *more):
@@ -40,14 +40,17 @@ def started(folder, *more):
     )
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """Three trainings at a time, in folders of their own: to be killed, stopped, and met."""
-    top = tmp_path_factory.mktemp("processes")
-    budgets = {"killed": LONG, "stopped": LONG, "met": SHORT}
-    made = {name: started(top / name, *budget) for name, budget in budgets.items()}
-    yield {name: (top / name, process) for name, process in made.items()}
-    for process in made.values():
+@pytest.fixture
+def training(tmp_path):
+    """Start a training in a folder of its own, to be killed, stopped, or met."""
+    made = []
+
+    def start(*budget):
+        made.append(started(tmp_path / "other", *budget))
+        return tmp_path / "other", made[-1]
+
+    yield start
+    for process in made:
         process.kill()
         process.communicate()
 
@@ -67,8 +70,8 @@ def when(folder: Path, condition) -> state.RunState:
     raise AssertionError(f"never so in {folder}: {seen(folder)}")
 
 
-def test_a_run_that_another_process_makes_is_told(processes):
-    folder, process = processes["met"]
+def test_a_run_that_another_process_makes_is_told(training):
+    folder, process = training(*SHORT)
     running = when(folder, lambda run: run.fraction)
     assert (running.state, running.pid) == (State.running, process.pid)
     with pytest.raises(state.Busy) as caught, state.under_way(folder / BN):
@@ -80,8 +83,8 @@ def test_a_run_that_another_process_makes_is_told(processes):
     assert not (folder / BN / state.STATUS).exists()
 
 
-def test_a_killed_run_is_unfinished_with_its_progress(processes):
-    folder, process = processes["killed"]
+def test_a_killed_run_is_unfinished_with_its_progress(training):
+    folder, process = training(*LONG)
     running = when(folder, lambda run: run.epoch)
     assert running.state is State.running
     assert 0 < running.fraction < 1
@@ -97,8 +100,8 @@ def test_a_killed_run_is_unfinished_with_its_progress(processes):
         assert run.status.locked
 
 
-def test_a_stopped_run_says_that_it_was_interrupted(processes):
-    folder, process = processes["stopped"]
+def test_a_stopped_run_says_that_it_was_interrupted(training):
+    folder, process = training(*LONG)
     when(folder, lambda run: run.epoch)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
