@@ -32,18 +32,17 @@ def test_the_wheel_brings_what_is_no_code(tmp_path):
     run(UV, "venv", "--python", sys.executable, "venv")
     python = str(tmp_path / "venv" / "bin" / "python")
     run(UV, "pip", "install", "--python", python, str(wheel))
-    listed = run(python, "-m", "ltnorm", "list", "recipes")
+    check = (
+        "import ltnorm.reporting.published as p, ltnorm.resolve as r, ltnorm.validation as v\n"
+        "import pathlib\n"
+        "from ltnorm.cli import main\n"
+        "path, venv = p.default_path(), pathlib.Path('venv').resolve()\n"
+        "assert path.is_relative_to(venv) and pathlib.Path(r.__file__).is_relative_to(venv)\n"
+        "recipes = [v.validate(r.read(name)) for name in r.shipped_recipes()]\n"
+        "print(len(recipes), len(p.read(path)))\n"
+        "main(['list', 'recipes'])\n"
+    )
+    counts, listed = run(python, "-c", check).split("\n", 1)
+    expected = (len(shipped_recipes()), len(published.read(published.default_path())))
+    assert tuple(map(int, counts.split())) == expected
     assert all(name in listed for name in shipped_recipes())
-    check = (
-        "import ltnorm.resolve as r, ltnorm.validation as v, pathlib\n"
-        "assert pathlib.Path(r.__file__).is_relative_to(pathlib.Path('venv').resolve())\n"
-        "print(len([v.validate(r.read(name)) for name in r.shipped_recipes()]))"
-    )
-    assert int(run(python, "-c", check)) == len(shipped_recipes())
-    check = (
-        "import ltnorm.reporting.published as p, pathlib\n"
-        "path = p.default_path()\n"
-        "assert path.is_relative_to(pathlib.Path('venv').resolve())\n"
-        "print(len(p.read(path)))"
-    )
-    assert int(run(python, "-c", check)) == len(published.read(published.default_path()))
