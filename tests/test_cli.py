@@ -18,6 +18,7 @@ from ltnorm.training import run as running
 
 TINY_BN = "train --recipe tiny.yaml --norm bn"
 BN_RUN = "results/synthetic-exp10/resnet8-bn-ce/seed0"
+SMALL = "--set dataset.image_size=8"
 
 
 def rows_of(path):
@@ -208,14 +209,14 @@ def test_compare_formats(ltnorm):
         ("train --ratio nan", ["dataset.ratio", "finite"]),
         ("train --seed -1", ["seed", "-1"]),
         ("train --set train.epochs=1.5", ["train.epochs", "1.5"]),
-        ("train --n-max 501", ["n_max 501", "at most 500"]),
-        ("train --ratio 1000", ["empty", "--ratio"]),
-        ("train --val 500", ["val 500", "--val"]),
+        (f"train --n-max 501 {SMALL}", ["n_max 501", "at most 500"]),
+        (f"train --ratio 1000 {SMALL}", ["empty", "--ratio"]),
+        (f"train --val 500 {SMALL}", ["val 500", "--val"]),
         ("train --norm compound --set norm.components=0", ["norm.components", "0"]),
-        ("train --norm compound --set norm.components=11", ["more than the 10 classes"]),
+        (f"train --norm compound --set norm.components=11 {SMALL}", ["more than the 10 classes"]),
         ("train --norm bn --set norm.components=2", ["none of the norms", "components"]),
         ("train --eval-split val", ["eval.split", "--val N"]),
-        ("train --batch-size 100000", ["batch size 100000", "--batch-size"]),
+        (f"train --batch-size 100000 {SMALL}", ["batch size 100000", "--batch-size"]),
         ("train --seeds 4-0", ["--seeds '4-0'", "0-4"]),
         ("train --device cuda:99", ["cuda:99", "--device cpu"]),
         ("train --set lr", ["--set lr", "key=value"]),

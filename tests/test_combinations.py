@@ -66,7 +66,7 @@ def test_the_rest_crosses_as_well(ltnorm, norm, sampler, optimizer, more):
     flags = itertools.chain.from_iterable(("--set", item) for item in sets)
     answer = ltnorm(
         f"train --recipe tiny.yaml --norm {norm} --epochs 5 --loss balanced-softmax --schedule drw "
-        f"--sampler {sampler} --optimizer {optimizer} --lr 0.003 --quiet",
+        f"--sampler {sampler} --optimizer {optimizer} --lr 0.003 --batch-size 26 --quiet",
         *flags,
     )
     assert answer.code == 0, answer.err
