@@ -242,6 +242,8 @@ def _parse(told: Any) -> Status:
         fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if not fits or (isinstance(value, int | float) and not 0 <= value < 1e15):
             raise ValueError(f"its {field.name} is {value!r:.40}")
+    if values["fraction"] > 1:
+        raise ValueError(f"its fraction is {values['fraction']}")
     _time(values["started"]), _time(values["updated"])
     values["state"] = State(values["state"])
     if values["state"] not in (State.running, State.failed, State.unfinished):
