@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import TINY
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_compare import result
 
@@ -294,6 +294,7 @@ KEYS = [*state.Status.__dataclass_fields__]
 
 
 @given(key=st.sampled_from(KEYS), value=JSON)
+@example(key="fraction", value=2)
 def test_any_value_in_a_status_is_read_or_told(tmp_path_factory, key, value):
     directory = tmp_path_factory.getbasetemp() / "values"
     found = state.read(made(directory, **{key: value}))
