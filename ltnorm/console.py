@@ -1,6 +1,7 @@
 """What is printed where: the product on stdout, all else on stderr; quiet and JSON modes."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
+
+from ltnorm.launch import first
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -26,6 +29,8 @@ LABEL_WIDTH = 36
 def _console(stderr: bool) -> Console:
     # Paths and names are printed as they are: `:cat:` is no emoji.
     console = Console(stderr=stderr, highlight=False, emoji=False)
+    if not first():  # of several processes one speaks
+        return Console(file=open(os.devnull, "w", encoding="utf-8"), width=_PIPE_WIDTH)
     if not console.is_terminal:
         console = Console(stderr=stderr, highlight=False, emoji=False, width=_PIPE_WIDTH)
     return console

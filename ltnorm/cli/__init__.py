@@ -28,7 +28,8 @@ from ltnorm.cli import (
 )
 from ltnorm.cli.signals import Terminated, terminable
 from ltnorm.console import Output
-from ltnorm.errors import LtnormError
+from ltnorm.errors import LtnormError, UsageError
+from ltnorm.launch import place
 
 app = typer.Typer(
     name="ltnorm",
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         arguments = sys.argv[1:] if arguments is None else list(arguments)
+        _check_launch(arguments)
         with terminable():
             code = app(args=arguments, prog_name="ltnorm", standalone_mode=False)
         if code == 130:  # typer's answer to Ctrl-C
@@ -107,6 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         message = error.format_message().rstrip(".")
         return _fail(message[:1].lower() + message[1:], _usage_hint(error), 2)
+
+
+def _check_launch(arguments: Sequence[str]) -> None:
+    if place() and arguments and arguments[0] != "train":
+        raise UsageError(
+            f"torchrun starts several processes, and `{arguments[0]}` is the work of one",
+            "start it without torchrun, which is for `train`",
+        )
 
 
 def _usage_hint(error: Exception) -> str:

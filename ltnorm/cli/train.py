@@ -13,6 +13,7 @@ from ltnorm.cli import dryrun, options
 from ltnorm.cli.signals import Terminated
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError, UsageError, did_you_mean
+from ltnorm.launch import RankLost
 
 
 class Interrupted(LtnormError):
@@ -140,9 +141,12 @@ def command(
             dryrun.show(runs, root, data_dir, force, output, pretrained)
             return
         schema.check_out(out)
+        from ltnorm.training.distributed import joined
+
         keeping = {"steps": checkpoint_steps, "anew": force}
-        jobs = _jobs(planned, root, data_dir, out, keeping, pretrained, output)
-        run_all(jobs, done, output)
+        with joined(planned[0].device):
+            jobs = _jobs(planned, root, data_dir, out, keeping, pretrained, output)
+            run_all(jobs, done, output)
 
 
 def _schedules(values: Sequence[str]) -> dict[str, str]:
@@ -193,23 +197,27 @@ class Runner:
     def run(self, recipe: Any, wait: bool) -> tuple[Path, Any]:
         """One run, unless it is finished, and before a second stage the first."""
         from ltnorm.reporting import schema
+        from ltnorm.training import distributed, twostage
         from ltnorm.training import run as running
-        from ltnorm.training import twostage
 
-        directory = schema.run_directory(recipe, self.out)
-        first = None
-        if recipe.retrain:
-            first = schema.run_directory(twostage.first_stage(recipe), self.out)
-        if not self.keeping.anew and (
-            result := finished(directory, recipe, self.data, self.output, first)
-        ):
+        def found() -> tuple[Path, Path | None, Any | None]:
+            directory, first, result = schema.run_directory(recipe, self.out), None, None
+            if recipe.retrain:
+                first = schema.run_directory(twostage.first_stage(recipe), self.out)
+            if not self.keeping.anew:
+                result = finished(directory, recipe, self.data, self.output, first)
+            return directory, first, result
+
+        directory, first, result = distributed.from_first(found)
+        if result:
             return directory, result
         how = {"keeping": self.keeping, "wait": wait}
         if not first:
             made = running.run(recipe, self.data, self.out, self.output, self.pretrained, **how)
             return directory, made
         self.run(twostage.first_stage(recipe), wait)
-        start = twostage.load_first(first, self.root, self.data_dir, recipe.device)
+        with distributed.watched():
+            start = twostage.load_first(first, self.root, self.data_dir, recipe.device)
         return directory, twostage.run(recipe, start, self.out, self.output, **how)
 
 
@@ -225,7 +233,7 @@ def _jobs(
     """What is to be run, checked as far as it can be before it starts."""
     from ltnorm.data.making import Making
     from ltnorm.data.prepare import prepare
-    from ltnorm.training import build, twostage
+    from ltnorm.training import build, distributed, twostage
     from ltnorm.training.resume import Keeping
     from ltnorm.training.run import label
 
@@ -235,7 +243,8 @@ def _jobs(
     for warning in build.doubts(first.train):
         output.warn(warning)
     making = Making(workers=first.workers or None, tell=output.note, counting=output.counting)
-    data = prepare(first.dataset, root, data_dir, making)
+    data = distributed.by_all(lambda: prepare(first.dataset, root, data_dir, making))
+    distributed.check_same(data.index_sha256, f"the images of {data.path}")
     recipes = [recipe.model_copy(update={"dataset": data.spec}) for recipe, _ in resolved]
     for recipe in recipes:
         build.check(recipe, data.counts, data.splits, files=not data.decoded)
@@ -282,6 +291,9 @@ def run_all(jobs: Sequence[Job], done: dict[Path, Any], output: Output) -> None:
             try:
                 directory, result = job.make(wait)
                 done[directory] = result
+            except RankLost:
+                _show(done, output)
+                raise
             except Busy as error:
                 busy.append(job)
                 output.note(f"{error.message}: waiting for it after the others")

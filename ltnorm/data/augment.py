@@ -17,8 +17,8 @@ class Batch(NamedTuple):
     """A training batch; `objective(*batch)` is its loss.
 
     Attributes:
-        images: float32 [B, 3, H, W].
-        labels: int64 [B].
+        images: float32 [B, 3, H, W]; on several ranks, those of this rank.
+        labels: int64 [B], of all ranks.
         other: the labels of the images mixed in, int64 [B]; None where nothing is.
         share: that of `labels` in the images; 1 - share is that of `other`.
     """

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ltnorm import parallel
 from ltnorm.data import augment
 from ltnorm.data.check import cores
 from ltnorm.data.decode import THINNEST, BadImage, decode_bytes, read, torchvision_agrees
@@ -71,6 +72,8 @@ class Decoded:
     ) -> Iterator[Tensor]:
         """The crops of files `order`, int64 on the CPU, in batches uint8 [B, S, S, 3].
 
+        On several ranks they are this rank's part of each batch.
+
         Of `rng` only the seed is used. What happens to an image follows from it and from the
         place in `order`. Those before the `first` batch are blank, and not read.
 
@@ -82,7 +85,9 @@ class Decoded:
         self.plan.set(order, torch.from_numpy(seeds), batch_size, first)
         for index in order.split(batch_size)[:first]:
             size = self.image_size
-            yield torch.zeros(len(index), size, size, 3, dtype=torch.uint8, device=self.device)
+            yield torch.zeros(
+                len(parallel.own(index)), size, size, 3, dtype=torch.uint8, device=self.device
+            )
         for images in _decoded(self.loader):
             yield images.to(self.device, non_blocking=True)
 
@@ -175,8 +180,9 @@ class _Plan:
     """The batches of items of an epoch, which change under workers that live on."""
 
     def set(self, order: Tensor, seeds: Tensor, batch_size: int, first: int) -> None:
-        parts = zip(order.split(batch_size), seeds.split(batch_size), strict=True)
-        self.parts = list(parts)[first:]
+        batches = zip(order.split(batch_size), seeds.split(batch_size), strict=True)
+        parts = [(parallel.own(index), parallel.own(seed)) for index, seed in batches]
+        self.parts = parts[first:]
 
     def __iter__(self) -> Iterator[list[Item]]:
         for index, seeds in self.parts:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltnorm import parallel
 from ltnorm.data import augment
 from ltnorm.data.augment import Batch
 from ltnorm.data.files import Decoded, evaluated
@@ -71,7 +72,8 @@ class Loader:
     different norms pair, and that no state is carried between epochs. Order, crops (with
     cutout), colours and mixing have random numbers of their own: none changes with another. (Of
     files an image's colours follow its crop, and cutout has numbers of its own.) The last partial
-    batch is kept; a batch of one image is dropped.
+    batch is kept; a batch of one image is dropped. On several ranks each draws the same
+    numbers for the whole batch, and keeps its part of the images (see `ltnorm.parallel`).
 
     Args:
         images: with labels, int64 [N]. Pixels lie on the device where they fit (see `crops`).
@@ -106,6 +108,9 @@ class Loader:
         self.colours = None  # of files: workers change them
         if not isinstance(images, Files):
             self.colours = augment.of_one_image(train.color_jitter, train.auto_augment)
+        # A rank decodes its own files alone. Others' images come in where they are mixed, or where
+        # something is drawn for the whole batch.
+        self.together = bool(train.mixup or train.cutmix or train.cutout)
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -122,33 +127,41 @@ class Loader:
 
         `progress` is the part of training done when the epoch begins, for the sampler.
         """
-        rng = torch.Generator(self.device).manual_seed(_seed(self.seed, epoch, 1))
-        mixing = np.random.default_rng(_seed(self.seed, epoch, 2))
+        rng = torch.Generator(self.device).manual_seed(one_seed(self.seed, epoch, 1))
+        mixing = np.random.default_rng(one_seed(self.seed, epoch, 2))
         order = self._order(epoch, progress)[: self.images_per_epoch]
         size = self.train.batch_size
         places = order.to(self.device).split(size)
         made = self.crops.batches(order, size, rng, first)
+        decoded = isinstance(self.crops, Decoded)
         for i, (index, images) in enumerate(zip(places, made, strict=True)):
             # (A batch before the first goes its way, blank, for the random numbers that it takes.)
+            if decoded and self.together:
+                images = parallel.whole(images, len(index))
             if self.colours and i >= first:
-                images = augment.auto_augment(images, self.colours, _seed(self.seed, epoch, 3, i))
+                seed = one_seed(self.seed, epoch, 3, i)
+                images = augment.auto_augment(images, self.colours, seed)
+            if not decoded and not self.together:
+                images = parallel.own(images)
             images = normalize(images, self.mean, self.std)
             if self.train.cutout:
                 images = augment.cutout(images, self.train.cutout, rng)
             images = images.contiguous(memory_format=self.memory_format)
             batch = Batch(images, self.labels[index])
             batch = augment.mix(batch, self.train.mixup, self.train.cutmix, mixing)
+            if self.together:
+                batch = batch._replace(images=parallel.own(batch.images))
             if i >= first:
                 yield batch
 
     def _order(self, epoch: int, progress: float) -> Tensor:
         """The images of an epoch, int64 [N]; drawn on the CPU, to be the same on every device."""
-        rng = torch.Generator().manual_seed(_seed(self.seed, epoch, 0))
+        rng = torch.Generator().manual_seed(one_seed(self.seed, epoch, 0))
         if self.sampler is None:
             return torch.randperm(len(self.labels), generator=rng)
         return draw(self.labels.cpu(), self.sampler(progress), rng)
 
 
-def _seed(*numbers: int) -> int:
+def one_seed(*numbers: int) -> int:
     """One 63-bit seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

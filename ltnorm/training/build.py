@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ltnorm import losses, models, registry
+from ltnorm import losses, models, parallel, registry
 from ltnorm.data import class_groups, sampling
 from ltnorm.data.loader import Loader
 from ltnorm.data.prepared import PreparedSet
@@ -139,8 +139,8 @@ def check(recipe: Recipe, counts: list[int], splits: Sequence[str], files: bool 
         files: whether its images stay files.
 
     Raises:
-        UsageError: a batch larger than the set, more components than classes, no such split, a
-            crop that the images cannot have.
+        UsageError: a batch larger than the set, or with fewer images than processes, more
+            components than classes, no such split, a crop that the images cannot have.
     """
     images = sum(counts)
     if recipe.train.batch_size > images:
@@ -148,6 +148,7 @@ def check(recipe: Recipe, counts: list[int], splits: Sequence[str], files: bool 
             f"batch size {recipe.train.batch_size} is larger than the set of {images} images",
             f"--batch-size can be at most {images} here",
         )
+    parallel.check_batches(images, recipe.train.batch_size)
     if {"components", "groups"} <= recipe.norm.options.keys():
         class_groups(counts, recipe.norm.options["components"])
     if recipe.eval.split not in splits:

@@ -5,14 +5,20 @@ import platform
 import torch
 
 from ltnorm.errors import UsageError
+from ltnorm.launch import Place, place
+from ltnorm.parallel import world_size
 
 
 def resolve_device(name: str) -> torch.device:
     """The device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
 
+    Of the processes that torchrun started each has a GPU of its own.
+
     Raises:
         UsageError: the device is not there.
     """
+    if here := place():
+        return _device_of(here, name)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -26,6 +32,23 @@ def resolve_device(name: str) -> torch.device:
     if not there[device.type]:
         raise UsageError(f"device '{name}' is not there", "use --device auto or --device cpu")
     return device
+
+
+def _device_of(here: Place, name: str) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and not gpus):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise UsageError(
+            f"device '{name}' is one, and torchrun started {here.world_size} processes",
+            "leave --device out, or take cuda (each process its own GPU) or cpu",
+        )
+    if here.local_world_size > gpus:
+        raise UsageError(
+            f"{here.local_world_size} processes on this machine, and {gpus} GPUs",
+            f"torchrun --nproc-per-node {gpus}" if gpus else "take --device cpu",
+        )
+    return torch.device("cuda", here.local_rank)
 
 
 def resolve_precision(name: str, device: torch.device) -> tuple[str, str]:
@@ -58,7 +81,8 @@ def memory_format(device: torch.device, precision: str) -> torch.memory_format:
 
 
 def describe(device: torch.device) -> str:
-    """The device in words for the result row."""
+    """The device in words for the result row, and how many of them there are."""
+    count = f"{world_size()} x " if world_size() > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+        return count + torch.cuda.get_device_name(device)
+    return f"{count}{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
+from ltnorm import parallel
 from ltnorm.models import classifier
 from ltnorm.norms import route
 from ltnorm.training.objective import SinglePath
@@ -103,6 +104,7 @@ class DualPath(SinglePath):
             return loss
         main, aux = features[0].chunk(2) if len(features) == 1 else reversed(features)
         similarity = F.cosine_similarity(self.projector(main), aux.detach(), dim=1)
+        similarity = parallel.whole(similarity, len(labels))
         return loss + self.consistency * (1 - similarity.mean())
 
     def _both(self, images: Tensor, labels: Tensor, other: Tensor | None, share: float) -> Tensor:

@@ -2,17 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from ltnorm import parallel
 from ltnorm.console import TrainingProgress
 from ltnorm.data.augment import Batch
 from ltnorm.data.loader import Loader
 from ltnorm.errors import LtnormError
 from ltnorm.recipe import Train
-from ltnorm.training import optim
+from ltnorm.training import distributed, optim
 from ltnorm.training.objective import SinglePath
 from ltnorm.training.position import Epoch, Position
 from ltnorm.training.resume import Keeper
@@ -44,6 +46,7 @@ def step(objective: SinglePath, optimizer: optim.Optimizer, batch: Batch, train:
     if train.clip_grad:
         clip_grad_norm_(optimizer.parameters, train.clip_grad)
     optimizer.step()
+    parallel.as_first([b for b in objective.buffers() if b.is_floating_point()])
     return loss.detach()
 
 
@@ -55,6 +58,7 @@ def _gradients(
         loss = objective(*batch)
     optimizer.zero_grad()
     loss.backward()
+    parallel.sum_gradients(optimizer.parameters)
     return loss
 
 
@@ -75,6 +79,9 @@ def fit(
     With a budget of epochs the learning rate and the class weights change between epochs, as in
     LDAM-DRW; with one of steps or seconds, at every step. The sampler changes between epochs.
 
+    On several ranks all do the same steps, and what depends on a clock or is told to people is
+    rank 0's.
+
     Args:
         objective: the model, the loss, and how they are put together.
         loader: the training batches.
@@ -89,6 +96,7 @@ def fit(
     Raises:
         LtnormError: the loss became infinite or NaN.
     """
+    distributed.start_alike(objective)
     optimizer = optim.build(train, objective.parameters(), undecayed)
     keeper = keeper or Keeper()
     with keeper.training(objective, optimizer, average) as at:
@@ -97,7 +105,8 @@ def fit(
             mean = _epoch(objective, optimizer, loader, train, progress, average, keeper, at)
             speed = at.images / at.seconds
             done = len(at.losses), at.images, at.seconds
-            at.close(Epoch(epoch, at.lr, mean, *done, speed, measure(epoch)))
+            accuracy = distributed.from_first(partial(measure, epoch))
+            at.close(Epoch(epoch, at.lr, mean, *done, speed, accuracy))
             on_epoch(at.epochs[-1])
             progress.epoch(_part_done(train, at), epoch, mean, at.lr, speed)
             keeper.after_epoch(at)
@@ -126,29 +135,39 @@ def _epoch(
     batches = loader.epoch(epoch, done, first=len(at.losses))
     done = _part_done(train, at)
     start = time.perf_counter() - at.seconds
+
+    def now() -> tuple[float, bool, bool]:
+        """The seconds of this epoch; whether people are to hear of it, and it is to be kept."""
+        return time.perf_counter() - start, progress.due(), keeper.due(at)
+
+    def check(first: int) -> float:
+        """Of the losses from the `first`."""
+        return distributed.from_first(partial(_check, at.losses[first:], epoch, first, train))
+
     for batch in batches:
         optimizer.lr = at.lr = optim.learning_rate(train, epoch, done)
         if not train.epochs:
             objective.set_progress(done)
+        distributed.draw_apart(loader.seed, epoch, 4, len(at.losses))
         at.losses.append(step(objective, optimizer, batch, train))
         if average:
             average.update(objective.model)
         at.images += len(batch.labels)
-        at.seconds = time.perf_counter() - start
+        at.seconds, heard, kept = distributed.clock(now)
         done = optim.part_done(train, epoch - 1, before + len(at.losses), spent + at.seconds)
-        if progress.due():
-            _check(at.losses[-1:], epoch, len(at.losses) - 1, train)
+        if heard:
+            check(len(at.losses) - 1)
             part = len(at.losses) / len(loader) / train.epochs if train.epochs else 0.0
             progress.step(done + part, epoch, float(at.losses[-1]), at.images / at.seconds)
         if done >= 1:
             break
-        if keeper.due(at):
-            _check(at.losses, epoch, 0, train)
+        if kept:
+            check(0)
             at.seconds = time.perf_counter() - start
             keeper.keep(at)
             start = time.perf_counter() - at.seconds
-    mean = _check(at.losses, epoch, 0, train)
-    at.seconds = time.perf_counter() - start
+    mean = check(0)
+    at.seconds, *_ = distributed.clock(now)
     return mean
 
 

@@ -1,12 +1,16 @@
 """Training objectives: what a batch's loss is, given the model and the loss function.
 
 A norm names its objective in the registry; keyword-only parameters become options of the norm.
+
+On several ranks each passes its own images through the model, and has the loss of the whole batch,
+whose gradient is the sum of theirs (see `ltnorm.parallel`).
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ltnorm import parallel
 from ltnorm.losses import ClassLoss
 from ltnorm.norms import route
 
@@ -64,6 +68,7 @@ class SinglePath(nn.Module):
         self, logits: Tensor, labels: Tensor, other: Tensor | None, share: float
     ) -> Tensor:
         """share * loss(logits, labels) + (1 - share) * loss(logits, other)."""
+        logits = parallel.whole(logits, len(labels))
         loss = self.loss(logits, labels)
         if other is None:
             return loss
@@ -71,7 +76,7 @@ class SinglePath(nn.Module):
 
     def _groups(self, labels: Tensor, other: Tensor | None, share: float) -> Tensor:
         """The class group of each image, int64 [N]; of a mixed one, that of the larger share."""
-        return self.class_group[labels if other is None or share >= 0.5 else other]
+        return self.class_group[parallel.own(labels if other is None or share >= 0.5 else other)]
 
 
 class RoutedPath(SinglePath):

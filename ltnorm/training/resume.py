@@ -22,15 +22,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from ltnorm import __version__
+from ltnorm import __version__, parallel
 from ltnorm.console import Output
+from ltnorm.errors import LtnormError
 from ltnorm.reporting.schema import write_bytes
+from ltnorm.training import distributed
 from ltnorm.training.optim import Average, Optimizer
 from ltnorm.training.position import Epoch, Position
 from ltnorm.training.stop import Stop, deferred
 
 FORMAT = 1
 KEPT = 2
+PROCESSES = "number of processes"
 NAME = re.compile(r"resume-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
 
 
@@ -96,7 +99,11 @@ class FileKeeper(Keeper):
         output: Output,
     ) -> None:
         self.directory, self.output, self.keeping = directory, output, keeping
-        self.run = run | {"version": __version__, "format": FORMAT}
+        self.run = run | {
+            "version": __version__,
+            "format": FORMAT,
+            PROCESSES: parallel.world_size(),
+        }
         self.machines = [machine]
         self._parts: _Parts | None = None
         self._stop = Stop()
@@ -109,7 +116,7 @@ class FileKeeper(Keeper):
     ) -> Iterator[Position]:
         """As `Keeper`. Inside, Ctrl-C and SIGTERM wait until the state is kept."""
         self._parts = _Parts(objective, optimizer, average)
-        if self.keeping.anew:
+        if self.keeping.anew and parallel.rank() == 0:
             forget(self.directory)
         with deferred() as self._stop:
             yield self._restored() or Position()
@@ -121,8 +128,11 @@ class FileKeeper(Keeper):
 
     def keep(self, at: Position) -> None:
         """Keep a position; this is where a training ends that was told to."""
-        self._save(at)
-        self._stop.deliver()
+        if parallel.rank() == 0:
+            self._save(at)
+        # (Other ranks may have heard of it before.)
+        if distributed.from_first(lambda: self._stop.asked):
+            self._stop.deliver()
 
     def after_epoch(self, at: Position) -> None:
         """Keep a position; this is where a training ends that was told to."""
@@ -168,13 +178,12 @@ class FileKeeper(Keeper):
     def _restored(self) -> Position | None:
         """Set the parts to the last state that can be read; None where there is none."""
         assert self._parts
-        for file in _kept(self.directory):
-            if state := self._read(file):
-                break
-        else:
+        state = distributed.from_first(self._last)
+        if state is None:
             return None
         self._parts.restore(state["parts"])
-        _set_random_state(state["random"])
+        if parallel.rank() == 0:  # the others draw anew at each step
+            _set_random_state(state["random"])
         before = [tuple(machine) for machine in state["machines"]]
         self.machines = list(dict.fromkeys([*before, *self.machines]))
         known = state["position"]
@@ -184,6 +193,17 @@ class FileKeeper(Keeper):
         self._place = len(at.epochs), at.steps
         self.output.note(f"{self.directory} goes on after {_words(at)}")
         return at
+
+    def _last(self) -> dict[str, Any] | None:
+        """The last state that can be read.
+
+        Raises:
+            LtnormError: it is of another number of processes.
+        """
+        for file in _kept(self.directory):
+            if state := self._read(file):
+                return state
+        return None
 
     def _read(self, file: Path) -> dict[str, Any] | None:
         """The state in a file; None, and why, where it cannot be taken."""
@@ -198,10 +218,20 @@ class FileKeeper(Keeper):
             self.output.warn(f"{file} is damaged ({why:.80}): going back to the one before it")
             return None
         if found != self.run:
+            self._check_processes(found)
             differs = [key for key in self.run if found.get(key) != self.run[key]]
             self.output.warn(f"{file} is of another {' and '.join(differs)}: not taken")
             return None
         return state
+
+    def _check_processes(self, found: dict[str, Any]) -> None:
+        """Raises LtnormError where a state is this run's but for the number of processes."""
+        if found == self.run | {PROCESSES: (before := found.get(PROCESSES))}:
+            raise LtnormError(
+                f"{self.directory} was begun by {before} processes, and these are "
+                f"{self.run[PROCESSES]}: its numbers would not be the same",
+                "go on with as many (torchrun --nproc-per-node), or begin anew with --force",
+            )
 
 
 def _words(at: Position) -> str:

@@ -26,7 +26,7 @@ from ltnorm.norms.layer import NewerStateError
 from ltnorm.recipe import Recipe, Train
 from ltnorm.reporting import schema
 from ltnorm.reporting.state import under_way
-from ltnorm.training import checkpoint, optim
+from ltnorm.training import checkpoint, distributed, optim
 from ltnorm.training.build import build_loader, build_model, build_objective
 from ltnorm.training.device import describe, resolve_device
 from ltnorm.training.log import Log, logged
@@ -181,16 +181,46 @@ def run(
         Busy: another process is making the run.
         LtnormError: the run failed: the loss diverged, or its files could not be written.
     """
-    with making(recipe, out, output, wait) as (directory, output):
-        if not keeping.anew and (result := finished_result(directory, recipe, data)):
-            return result  # another process has made it since
+    with first_making(recipe, out, output, wait) as (directory, output):
+        if made := made_since(directory, recipe, data, keeping):
+            return made
         device = resolve_device(recipe.device)
         keeper = keeper_of(directory, recipe, data, device, keeping, output)
         with logged(directory, output) as log:
             done = _train(recipe, data, device, output, pretrained, keeper, log)
-            result = finish(directory, recipe, data, done, device)
+            result = finish_on_first(directory, recipe, data, done, device)
             log.result(result, len(done.epochs))
         return result
+
+
+@contextmanager
+def first_making(
+    recipe: Recipe, out: Path, output: Output, wait: bool
+) -> Iterator[tuple[Path, Output]]:
+    """As `making`, which is rank 0's alone; the others get `out`, and are silent."""
+    made = making(recipe, out, output, wait)
+    with (
+        distributed.by_first(made) as entered,
+        distributed.watched(),
+        explained(recipe, out),
+    ):
+        yield entered or (out, dataclasses.replace(output, log=None))
+
+
+def made_since(
+    directory: Path,
+    recipe: Recipe,
+    data: PreparedSet,
+    keeping: Keeping,
+    first_stage: str | None = None,
+) -> schema.Result | None:
+    """The result that another process has made while this one waited to make it."""
+
+    def found() -> schema.Result | None:
+        result = None if keeping.anew else finished_result(directory, recipe, data)
+        return result if result and result.first_stage == first_stage else None
+
+    return distributed.from_first(found)
 
 
 @contextmanager
@@ -366,6 +396,18 @@ def finish(
     schema.write_result(directory, result)
     forget(directory)
     return result
+
+
+def finish_on_first(
+    directory: Path, recipe: Recipe, data: PreparedSet, done: Training, device: torch.device
+) -> schema.Result:
+    """As `finish`, by rank 0; the others wait for it."""
+
+    def made() -> schema.Result:
+        with explained(recipe, directory):
+            return finish(directory, recipe, data, done, device)
+
+    return distributed.from_first(made)
 
 
 def _in_turn(names: Sequence[str]) -> str:

@@ -66,4 +66,4 @@ def deferred() -> Iterator[Stop]:
         signal.signal(signal.SIGALRM, alarm)
         for number, handler in stop._handlers.items():
             signal.signal(number, handler)
-    stop.deliver()
+        stop.deliver()

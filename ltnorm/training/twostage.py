@@ -32,12 +32,13 @@ from ltnorm.training.run import (
     TrainedRun,
     Training,
     cost_of,
-    finish,
+    finish_on_first,
     finished_result,
+    first_making,
     keeper_of,
     label,
     load_run,
-    making,
+    made_since,
     measuring,
     norm_parameters,
 )
@@ -134,11 +135,10 @@ def run(
     assert recipe.retrain
     trained, before = first.trained, first.result
     check(recipe)
-    with making(recipe, out, output, wait) as (directory, output):
-        data, device = trained.data, trained.device
-        made = None if keeping.anew else finished_result(directory, recipe, data)
-        if made and made.first_stage == first.sha256:
-            return made  # another process has made it since
+    data, device = trained.data, trained.device
+    with first_making(recipe, out, output, wait) as (directory, output):
+        if made := made_since(directory, recipe, data, keeping, first.sha256):
+            return made
         with logged(directory, output) as log:
             if recipe.retrain.trains:
                 keeper = keeper_of(directory, recipe, data, device, keeping, output, first.sha256)
@@ -148,7 +148,7 @@ def run(
             cost = Cost(**{f.name: getattr(before, f.name) for f in fields(Cost)}) + done.cost
             machines = [(before.device, before.torch), *done.machines]
             whole = replace(done, cost=cost, first_stage=first.sha256, machines=machines)
-            result = finish(directory, recipe, data, whole, device)
+            result = finish_on_first(directory, recipe, data, whole, device)
             log.result(result, len(done.epochs))
         return result
 
@@ -156,7 +156,10 @@ def run(
 def _computed(
     recipe: Recipe, model: nn.Module, data: PreparedSet, device: torch.device
 ) -> Training:
-    """tau-norm, logit-adjust and ncm: another weight or bias, without training."""
+    """tau-norm, logit-adjust and ncm: another weight or bias, without training.
+
+    Each rank does it by itself.
+    """
     assert recipe.retrain
     method, tau, start = recipe.retrain.method, recipe.retrain.tau, time.perf_counter()
     layer, images, counts = classifier(model), 0, data.counts
