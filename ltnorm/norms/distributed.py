@@ -1,6 +1,6 @@
 """Batch statistics of all ranks together, under torch.distributed."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,27 @@ def sum_over_ranks(t: Tensor) -> Tensor:
     total = t.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+class _DifferentiableSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return sum_over_ranks(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return sum_over_ranks(grad)
+
+
+def differentiable_sum(t: Tensor) -> Tensor:
+    """The sum of `t` over all ranks; its gradient is what it passes on to all of them."""
+    return _DifferentiableSum.apply(t)
+
+
+@torch.no_grad()
+def mean_over_ranks(t: Tensor) -> Tensor:
+    """The mean of `t` over all ranks, the same to the bit on each; without gradient."""
+    return sum_over_ranks(t) / dist.get_world_size()
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from ltnorm.norms import distributed
 from ltnorm.norms.em import (
     MIN_VARIANCE,
     MIN_WEIGHT,
@@ -24,6 +25,7 @@ from ltnorm.norms.functional import (
     affine_map,
     image_moments,
     normalize,
+    plain_sums,
 )
 from ltnorm.norms.layer import ChannelNorm
 from ltnorm.norms.routing import Momentum
@@ -53,9 +55,9 @@ class MixtureNorm(ChannelNorm):
             log-density), which costs less.
         momentum: weight of a new batch in the running mixture, in (0, 1].
         eps: added to the variance.
+        sync: under torch.distributed, sum the batch statistics over all ranks.
 
-    Shapes: input and output [N, C], [N, C, L] or [N, C, H, W]. Batch statistics are those of a
-    rank, also under torch.distributed.
+    Shapes: input and output [N, C], [N, C, L] or [N, C, H, W].
     """
 
     reads_state = True
@@ -69,8 +71,9 @@ class MixtureNorm(ChannelNorm):
         assign: Literal["image", "position"] = "position",
         momentum: Momentum = 0.1,
         eps: PositiveFloat = 1e-5,
+        sync: bool = True,
     ) -> None:
-        super().__init__(channels, sync=False)
+        super().__init__(channels, sync)
         self.components, self.iterations, self.assign = components, iterations, assign
         self.momentum, self.eps = momentum, eps
         self.weight = nn.Parameter(torch.ones(channels))
@@ -83,12 +86,16 @@ class MixtureNorm(ChannelNorm):
         register_mixture(self, components, channels)
 
     def _train(self, x: Tensor) -> Tensor:
+        sync = distributed.synchronized(self.sync)
         with torch.no_grad():
             moments = image_moments(x)
-            running = fitted = self._start(running_mixture(self, moments.shift), moments)
+            running = running_mixture(self, moments.shift)
+            running = fitted = self._start(running, moments, sync)
             for _ in range(self.iterations):
                 r = self._posterior(x, fitted, moments)
                 sums = component_sums(x, moments, r)
+                if sync:
+                    sums = distributed.sums_over_ranks(sums, moments.shift)
                 # A trace of what was there, so that nothing is divided by 0.
                 size = sums.count[:, None] + 1e-6
                 mean = (sums.first + 1e-6 * fitted.mean) / size
@@ -101,14 +108,19 @@ class MixtureNorm(ChannelNorm):
             share = 1 / (size[:, 0] * x.shape[2])
             strength = torch.rsqrt(fitted.weight)[:, None]
         weight = self.weight.to(strength.dtype) * strength
-        rest = (weight, self.bias[None], moments.shift, self.eps)
+        rest = (weight, self.bias[None], moments.shift, self.eps, sync)
         return normalize(x, r, share, mean, var, *rest)
 
-    def _start(self, mixture: Mixture, moments: ImageMoments) -> Mixture:
+    def _start(self, mixture: Mixture, moments: ImageMoments, sync: bool) -> Mixture:
         """Before the first batch the components are spread over it."""
         fresh = self.num_batches_tracked == 0
-        mean = moments.first.mean(0)
-        var = (moments.second.mean(0) - mean.square()).clamp_min(MIN_VARIANCE)
+        if sync and not fresh:
+            return mixture
+        mean, raw = moments.first.mean(0), moments.second.mean(0)
+        if sync:
+            sums = distributed.sums_over_ranks(plain_sums(moments), moments.shift)
+            mean, raw = sums.first[0] / sums.count, sums.second[0] / sums.count
+        var = (raw - mean.square()).clamp_min(MIN_VARIANCE)
         apart = mean + self.spread.to(mean.dtype) * var.sqrt()
         return Mixture(
             mixture.weight,

@@ -4,10 +4,17 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from ltnorm.norms import distributed
 from ltnorm.norms.em import MIN_VARIANCE
 from ltnorm.norms.functional import accumulation_dtype, affine_map, image_moments
 from ltnorm.norms.layer import ChannelNorm
 from ltnorm.norms.routing import Momentum
+
+
+def _common_point(x: Tensor) -> Tensor:
+    """A point [C] near the data of all ranks, the same on each."""
+    near = x[0].detach().mean(1, dtype=accumulation_dtype(x.dtype))
+    return distributed.mean_over_ranks(near)
 
 
 class ModeNorm(ChannelNorm):
@@ -28,9 +35,9 @@ class ModeNorm(ChannelNorm):
         components: K, the number of modes.
         momentum: weight of a new batch in the moving averages, in (0, 1].
         eps: added to the variance.
+        sync: under torch.distributed, sum the batch statistics over all ranks.
 
-    Shapes: input and output [N, C], [N, C, L] or [N, C, H, W]. Batch statistics are those of a
-    rank, also under torch.distributed.
+    Shapes: input and output [N, C], [N, C, L] or [N, C, H, W].
     """
 
     def __init__(
@@ -40,8 +47,9 @@ class ModeNorm(ChannelNorm):
         components: PositiveInt = 2,
         momentum: Momentum = 0.1,
         eps: PositiveFloat = 1e-5,
+        sync: bool = True,
     ) -> None:
-        super().__init__(channels, sync=False)
+        super().__init__(channels, sync)
         self.components, self.momentum, self.eps = components, momentum, eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -62,10 +70,16 @@ class ModeNorm(ChannelNorm):
         return logits.softmax(1)
 
     def _train(self, x: Tensor) -> Tensor:
-        first, second, shift = image_moments(x)
+        sync = distributed.synchronized(self.sync)
+        first, second, shift = image_moments(x, _common_point(x) if sync else None)
         gates = self._gates(first + shift)
-        share = (gates / gates.sum(0).clamp_min(1e-6)).T
-        mean, raw = share @ first, share @ second
+        if sync:
+            sums = torch.cat([gates.sum(0)[:, None], gates.T @ first, gates.T @ second], dim=1)
+            size, *sums = distributed.differentiable_sum(sums).split([1, *[self.channels] * 2], 1)
+            mean, raw = (s / size.clamp_min(1e-6) for s in sums)
+        else:
+            share = (gates / gates.sum(0).clamp_min(1e-6)).T
+            mean, raw = share @ first, share @ second
         var = (raw - mean.square()).clamp_min(0)
         self._track(mean.detach() + shift, var.detach())
         return self._mix(x, gates, mean + shift, var)
