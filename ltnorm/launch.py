@@ -41,7 +41,7 @@ def place() -> Place | None:
     return Place(rank, world_size, local_rank, local)
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this process is the one that speaks and writes: the only one, or rank 0."""
     here = place()
     return here is None or here.rank == 0

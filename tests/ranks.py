@@ -1,15 +1,16 @@
 """Two processes of one group, as torchrun starts them, but forked: torch is imported once."""
 
-import contextlib
 import multiprocessing
 import os
 import pickle
 import socket
 import sys
+import time
 
 import torch
 
 RANKS = 2
+SECONDS = 100  # after which they hang
 # A forked process cannot use a GPU, nor autograd where there is one.
 CONTEXT = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
 
@@ -29,11 +30,14 @@ def on_ranks(function, folder, *arguments):
     ]
     for process in processes:
         process.start()
+    end = time.monotonic() + SECONDS
+    left = processes
+    while left and time.monotonic() < end:
+        left = [process for process in left if process.is_alive()]  # (asking takes a dead one away)
+        time.sleep(0.02)
     for process in processes:
-        process.join(100)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
     codes = [process.exitcode for process in processes]
     given, printed = [], []
     for rank in range(RANKS):
@@ -50,14 +54,14 @@ def _run(function, rank, port, folder, arguments):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ.update({key: str(value) for key, value in (address | place).items()})
     code = 1
-    with open(f"printed{rank}", "w") as out:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            try:
-                given = function(rank, *arguments)
-                (folder / f"given{rank}").write_bytes(pickle.dumps(given))
-                code = 0
-            except SystemExit as end:
-                code = end.code
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
+    with open(f"printed{rank}", "w", buffering=1) as sys.stdout:
+        sys.stderr = sys.stdout
+        try:
+            given = function(rank, *arguments)
+            (folder / f"given{rank}").write_bytes(pickle.dumps(given))
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
     os._exit(code)  # what the parent registered for its own end is not this one's

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
+from ranks import on_ranks
 from torch import nn
 from torchvision.transforms import v2
 
@@ -454,3 +456,23 @@ def test_a_termination_of_all_processes_is_a_termination(tmp_path):
     assert process.returncode == 143, told
     assert [line.split(":")[0] for line in told.splitlines()[-2:]] == ["error", "hint"], told
     assert "Traceback" not in told
+
+
+def batches_of_rank(rank, files):
+    dist.init_process_group("gloo")
+    made = [list(loader(files, **changes).epoch(1)) for changes in ({}, EVERYTHING)]
+    dist.destroy_process_group()
+    return made
+
+
+def test_each_rank_decodes_its_part_of_a_batch(folder, tmp_path):
+    files = files_of(folder)
+    codes, ranks, printed = on_ranks(batches_of_rank, tmp_path, files)
+    assert codes == [0, 0], printed
+    for changes, *parts in zip(({}, EVERYTHING), *ranks, strict=True):
+        whole = list(loader(files, **changes).epoch(1))
+        for batch, first, second in zip(whole, *parts, strict=True):
+            assert 0 <= len(first.images) - len(second.images) <= 1
+            assert torch.equal(torch.cat([first.images, second.images]), batch.images)
+            assert torch.equal(first.labels, batch.labels)
+            assert (batch.other is None) == (not changes)

@@ -13,7 +13,7 @@ from ltnorm.cli import dryrun, options
 from ltnorm.cli.signals import Terminated
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError, UsageError, did_you_mean
-from ltnorm.launch import RankLost
+from ltnorm.launch import RankLost, is_first
 
 
 class Interrupted(LtnormError):
@@ -312,7 +312,7 @@ def _show(done: dict[Path, Any], output: Output) -> None:
     from ltnorm.reporting.schema import Run
     from ltnorm.reporting.sheets import of_blocks
 
-    if done:
+    if done and is_first():
         blocks = compare([Run(result, directory) for directory, result in done.items()])
         output.product(table(of_blocks(blocks), output.out.width))
         for directory in done:

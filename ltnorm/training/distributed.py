@@ -193,7 +193,10 @@ def watched() -> Iterator[None]:
     except LtnormError as error:
         if _ranks is None or isinstance(error, RankLost) or getattr(error, "of_all", False):
             raise
-        raise _leaving(error.message, error.hint) from error
+        _say(error.message, error.hint)
+        leaving = RankLost(error.message, error.hint)
+        leaving.exit_code = error.exit_code
+        raise leaving from error
     except Exception as error:
         if _ranks is None or not any(word in str(error).lower() for word in GONE):
             raise
@@ -204,11 +207,6 @@ def watched() -> Iterator[None]:
             _say(STOPPED, "")
             raise
         raise _lost() from error
-
-
-def _leaving(message: str, hint: str) -> RankLost:
-    _say(message, hint)
-    return RankLost(message, hint)
 
 
 def _settle() -> None:
