@@ -14,7 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from ltnorm.launch import is_first
+from ltnorm.launch import speaks
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -29,7 +29,7 @@ LABEL_WIDTH = 36
 def _console(stderr: bool) -> Console:
     # Paths and names are printed as they are: `:cat:` is no emoji.
     console = Console(stderr=stderr, highlight=False, emoji=False)
-    if not is_first():  # of several processes one speaks
+    if not speaks():  # of several processes one speaks
         return Console(file=open(os.devnull, "w", encoding="utf-8"), width=_PIPE_WIDTH)
     if not console.is_terminal:
         console = Console(stderr=stderr, highlight=False, emoji=False, width=_PIPE_WIDTH)

@@ -42,6 +42,20 @@ def place() -> Place | None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks and writes: the only one, or rank 0."""
+    """Whether this process is the one that writes: the only one, or rank 0."""
     here = place()
     return here is None or here.rank == 0
+
+
+_took_over = False
+
+
+def take_over() -> None:
+    """Rank 0 is gone: this process says so in its place."""
+    global _took_over
+    _took_over = True
+
+
+def speaks() -> bool:
+    """Whether this process prints."""
+    return is_first() or _took_over

@@ -24,7 +24,7 @@ from torch import nn
 from ltnorm import parallel
 from ltnorm.data.loader import one_seed
 from ltnorm.errors import LtnormError
-from ltnorm.launch import Place, RankLost, place
+from ltnorm.launch import Place, RankLost, place, take_over
 from ltnorm.parallel import rank, world_size
 from ltnorm.training.device import resolve_device
 
@@ -190,42 +190,56 @@ def watched() -> Iterator[None]:
     """
     try:
         yield
-    except LtnormError as error:
-        if _ranks is None or isinstance(error, RankLost) or getattr(error, "of_all", False):
+    except BaseException as error:
+        lost = _reason(error) if _ranks else None
+        if lost is None:
             raise
+        raise lost from error
+
+
+def _reason(error: BaseException) -> RankLost | None:
+    """What an error means for the ranks; None if it is no loss of one."""
+    if isinstance(error, LtnormError):
+        if isinstance(error, RankLost) or getattr(error, "of_all", False):
+            return None
         _say(error.message, error.hint)
-        leaving = RankLost(error.message, error.hint)
-        leaving.exit_code = error.exit_code
-        raise leaving from error
-    except Exception as error:
-        if _ranks is None or not any(word in str(error).lower() for word in GONE):
-            raise
-        _settle()
-        raise _lost() from error
-    except BaseException as error:  # torchrun ends all others where one is gone
-        if _ranks is None or not (_gone() or _failures()):
-            _say(STOPPED, "")
-            raise
-        raise _lost() from error
+        lost = RankLost(error.message, error.hint)
+        lost.exit_code = error.exit_code
+        return lost
+    stop = None if isinstance(error, Exception) else error
+    if stop is None:
+        if not any(word in str(error).lower() for word in GONE):
+            return None
+        try:
+            _settle()
+        except BaseException as asked:  # torchrun ends all others where one is gone
+            stop = asked
+    if stop is None or _gone() or _failures():
+        return _lost()
+    _say(STOPPED, "")
+    if stop is not error:
+        raise stop
+    return None
 
 
 def _settle() -> None:
-    """Wait until it is known why another rank does not answer.
-
-    Where all were asked to end, so is this one: that is raised here.
-    """
+    """Wait until it is known why another rank does not answer."""
     end = time.monotonic() + SETTLING
     while not (_gone() or _failures()) and time.monotonic() < end:
         time.sleep(0.05)  # a process that was killed is there until its parent hears of it
 
 
 def _lost() -> RankLost:
-    """The error for a rank that is gone: its own, where it left one."""
+    """The error for a rank that is gone: its own, where it left one. This one ends, too."""
+    _say(STOPPED, "")
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this one ends, and has to say why
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until it has said why
     for number, (message, hint) in _failures().items():
         return RankLost(f"rank {number}: {message}", hint)
-    which = ", ".join(map(str, _gone()))
+    gone = _gone()
+    if gone and gone == list(range(rank())):
+        take_over()
+    which = ", ".join(map(str, gone))
     what = f"rank {which} of {world_size()} is" if which else f"one of {world_size()} ranks is"
     return RankLost(
         f"{what} gone: it was killed, or its machine cannot be reached",
