@@ -135,6 +135,17 @@ def from_first(make: Callable[[], T]) -> T:
     return value
 
 
+def clock(make: Callable[[], tuple[float, bool, bool]]) -> tuple[float, bool, bool]:
+    """As `from_first`, of a number and two flags: after a step there is no time for pickles."""
+    if world_size() == 1:
+        return make()
+    assert _ranks
+    told = torch.tensor(make() if rank() == 0 else (0, 0, 0), dtype=torch.float64)
+    dist.broadcast(told, src=0, group=_ranks.control)
+    number, *flags = told.tolist()
+    return number, bool(flags[0]), bool(flags[1])
+
+
 def by_all(make: Callable[[], T]) -> T:
     """What `make` gives, on each rank its own; the others find what rank 0 has made before."""
     kept: list[T] = []
