@@ -1,5 +1,6 @@
 """One run on two gloo processes against the same run on one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -196,3 +197,45 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(monkeypatch):
         better = int(refused.value.hint.split()[-1])
         parallel.check_batches(images, better)
         assert images % better in (0, 1, *range(4, better))
+
+
+def command_stopped_in_epoch_2(rank, step_of_signal):
+    """Both ranks get SIGTERM, as from torchrun, not at the same time."""
+    steps, step = [], loop.step
+
+    def asked(*arguments):
+        loss = step(*arguments)
+        steps.append(0)
+        if len(steps) == step_of_signal - rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    loop.step = asked
+    return command(rank, "--norm", "compound", "--epochs", "3")
+
+
+def test_ranks_that_are_stopped_go_on_as_if_nothing_had_happened(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    asked = ["--norm", "compound", "--epochs", "3"]
+    [run] = ["results/synthetic-exp10/resnet8-compound-ce/seed0"]
+    codes, _, printed = on_ranks(command, tmp_path / "whole", *asked)
+    assert codes == [0, 0], printed
+    _, given, (first, _) = on_ranks(command_stopped_in_epoch_2, tmp_path / "parts", 6)
+    assert given[0] == 143, first
+    [last] = (tmp_path / "parts" / run).glob("resume-00001-00000006-*")
+    code = main_alone(tmp_path / "parts", asked)
+    assert code == 1  # another number of processes: refused
+    codes, given, (first, _) = on_ranks(command, tmp_path / "parts", *asked)
+    assert (codes, given) == ([0, 0], [0, 0]), first
+    assert "goes on after step 2 of epoch 2" in first
+    whole, parts = (
+        torch.load(tmp_path / name / run / "checkpoint.pt", weights_only=True)["model"]
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert not last.exists()
+
+
+def main_alone(folder, asked):
+    with contextlib.chdir(folder):
+        return command(0, *asked)

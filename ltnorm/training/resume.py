@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ltnorm import __version__, parallel
+from ltnorm import __version__, parallel, pickled
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError
 from ltnorm.reporting.schema import write_bytes
@@ -207,15 +207,21 @@ class FileKeeper(Keeper):
 
     def _read(self, file: Path) -> dict[str, Any] | None:
         """The state in a file; None, and why, where it cannot be taken."""
+        why = None
         try:
-            content = file.read_bytes()
-            if _hash(content) != NAME.fullmatch(file.name)[3]:
-                raise ValueError("its content has changed")
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            found = state["run"]
-        except Exception as error:  # torch raises many kinds
-            why = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
-            self.output.warn(f"{file} is damaged ({why:.80}): going back to the one before it")
+            if _hash(file.read_bytes()) != NAME.fullmatch(file.name)[3]:
+                why = "is damaged"
+            else:
+                state = pickled.read(file)
+                found = state["run"]
+        except OSError as error:
+            why = f"cannot be read ({error.strerror or error})"
+        except pickled.Refused as refused:
+            why = str(refused)
+        except (KeyError, TypeError, IndexError):
+            why = "is not the state of a training"
+        if why:
+            self.output.warn(f"{file} {why}: going back to the one before it")
             return None
         if found != self.run:
             self._check_processes(found)
