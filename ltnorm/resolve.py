@@ -42,14 +42,31 @@ def resolve(
     Raises:
         UsageError: with every mistake and its dotted path in one message.
     """
-    sets = [_parse_set(item) for item in overrides.sets]
+    mistakes: list[Mistake] = []
+    recipes = try_resolve(base, overrides, mistakes, kinds)
+    if mistakes:
+        raise report(list(dict.fromkeys(mistakes)))
+    return recipes
+
+
+def try_resolve(
+    base: Mapping[str, Any],
+    overrides: Overrides,
+    mistakes: list[Mistake],
+    kinds: Iterable[str] = KINDS,
+) -> list[Recipe]:
+    """The recipes of `resolve` that can be, and what is wrong with the others, in `mistakes`.
+
+    Raises:
+        UsageError: a `--set` that cannot be read.
+    """
+    sets = [parse_set(item) for item in overrides.sets]
     named = [str(value) for key, value in sets if key == "norm.name"]
     seeds = [value for key, value in sets if key == "seed"] or list(overrides.seeds)
     default = str(_section(base, "norm").get("name", "bn"))
     norms = list(dict.fromkeys(named or overrides.norms)) or [default]
     sets = [(key, value) for key, value in sets if key not in ("norm.name", "seed")]
 
-    mistakes: list[Mistake] = []
     typed = {**overrides.flags, **dict(sets)}
     if typed.get("dataset.profile") == "natural" and typed.get("dataset.ratio") is not None:
         hint = "leave out one of the two"
@@ -66,8 +83,6 @@ def resolve(
         wanted = seeds or [data.get("seed", 0)]
         for seed in (s for i, s in enumerate(wanted) if s not in wanted[:i]):
             recipes.append(try_validate(data | {"seed": seed}, mistakes, kinds))
-    if mistakes:
-        raise report(list(dict.fromkeys(mistakes)))
     return [recipe for recipe in recipes if recipe]
 
 
@@ -109,7 +124,12 @@ def _section(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else {}
 
 
-def _parse_set(item: str) -> tuple[str, Any]:
+def parse_set(item: str) -> tuple[str, Any]:
+    """The dotted path and the value of a `--set`.
+
+    Raises:
+        UsageError: it is not `key=value`, or names a section.
+    """
     key, equals, value = item.partition("=")
     if not equals or not key.strip():
         raise UsageError(f"--set {item}: not key=value", "for example --set train.lr=0.2")
