@@ -24,6 +24,7 @@ from ltnorm.cli import (
     prepare,
     retrain,
     runs,
+    sweep,
     train,
 )
 from ltnorm.cli.signals import Terminated, terminable
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.command("prepare")(prepare.command)
 app.command("train")(train.command)
+app.command("sweep")(sweep.command)
 app.command("retrain")(retrain.command)
 app.command("eval")(evaluate.command)
 app.command("export")(export.command)

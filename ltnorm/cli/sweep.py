@@ -1,0 +1,416 @@
+"""`ltnorm sweep`."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ltnorm.cli import options, train
+from ltnorm.console import Output, grid
+from ltnorm.errors import LtnormError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from ltnorm.sweep.estimate import Estimate
+    from ltnorm.sweep.grid import Cell, Grid
+    from ltnorm.sweep.plan import Job, Precision
+    from ltnorm.sweep.work import Launcher, Work
+
+AXES = ("dataset", "model", "ratio", "loss", "sampler", "norm")
+LAUNCHERS = ("local", "ray")
+
+
+def _many(flag: str, help_: str) -> Any:
+    return typer.Option(flag, help=f"{help_}, may be repeated.")
+
+
+def command(
+    context: typer.Context,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="SWEEP.yaml", help="A file that says it all.")
+    ] = None,
+    norm: Annotated[list[str] | None, _many("--norm", "Norm")] = None,
+    loss: Annotated[list[str] | None, _many("--loss", "Loss")] = None,
+    ratio: Annotated[list[float] | None, _many("--ratio", "Largest class over smallest")] = None,
+    dataset: Annotated[list[str] | None, _many("--dataset", "Data set")] = None,
+    model: Annotated[list[str] | None, _many("--model", "Backbone")] = None,
+    sampler: Annotated[list[str] | None, _many("--sampler", "Sampler")] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Seeds: 0-4 or 1,3.")] = None,
+    axis: Annotated[
+        list[str] | None, _many("--grid", "Values of any key: `--grid train.lr=0.1,0.2`")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, _many("--exclude", "Runs to leave out: `--exclude norm=gn,ratio=10`")
+    ] = None,
+    recipe: options.Recipe = None,
+    set_: options.Set = None,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option("--pretrained", help="A local file of weights that the models start from."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Budget in epochs.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Budget in steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images a step.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")] = None,
+    precision: options.Precision = None,
+    device: options.Device = None,
+    workers: options.Workers = None,
+    eval_split: Annotated[
+        str | None, typer.Option("--eval-split", help="test, or val: of held-out images.")
+    ] = None,
+    val: options.Val = None,
+    data_seed: options.DataSeed = None,
+    tag: options.Tag = None,
+    launcher: Annotated[
+        str, typer.Option("--launcher", help="local: processes here; ray: a Ray cluster.")
+    ] = "local",
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", min=1, help="Runs at a time (1, or one a GPU; all that Ray holds)."),
+    ] = None,
+    gpus_per_run: Annotated[
+        float | None,
+        typer.Option("--gpus-per-run", min=0, max=1, help="0.5 puts two runs on one GPU (1)."),
+    ] = None,
+    cpus_per_run: Annotated[
+        float, typer.Option("--cpus-per-run", min=0, help="Cores that Ray keeps for a run.")
+    ] = 1,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="A Ray cluster to join: auto, or HOST:PORT (starts one)."),
+    ] = None,
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, help="How often a lost run is tried again.")
+    ] = 2,
+    part: Annotated[
+        str | None, typer.Option("--part", help="I/N: each N-th run only, for job arrays.")
+    ] = None,
+    root: options.Root = options.ROOT,
+    data_dir: options.DataDir = options.DATA_DIR,
+    out: options.Out = options.OUT,
+    dry_run: options.DryRun = False,
+    estimate: Annotated[
+        bool, typer.Option(help="With --dry-run: time some steps, to tell how long it takes.")
+    ] = True,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train a grid of runs: norms, losses, ratios, data sets, seeds, and any key.
+
+    Each run is one of `ltnorm train`, by processes of this machine or of a Ray cluster. A run that
+    fails does not end the others; the same command again makes what is missing.
+
+    `ltnorm sweep --norm bn --norm compound --ratio 10 --ratio 100 --seeds 0-4 --jobs 2`
+    """
+    if launcher not in LAUNCHERS:
+        raise UsageError(f"unknown launcher '{launcher}'", did_you_mean(launcher, LAUNCHERS))
+    if address and launcher != "ray":
+        raise UsageError("--address is of a Ray cluster", "add --launcher ray")
+    from ltnorm.reporting import schema
+    from ltnorm.sweep import plan as planning
+    from ltnorm.sweep.grid import expand
+
+    output = Output(quiet=quiet, json=json)
+    asked = _grid(file, context.params)
+    done: dict[Any, Any] = {}
+    planned: list[Job] = []
+    with train.interruptible(done, planned, force):
+        cells, warnings = expand(asked)
+        for warning in warnings:
+            output.warn(warning)
+        places = (root, data_dir, out)
+        if launcher == "ray":  # whose workers live in other folders
+            places = tuple(place.absolute() for place in places)
+        arguments = _arguments(*places, pretrained, force)
+        if not dry_run:
+            schema.check_out(out)
+        with _launching(
+            launcher, cells, arguments, jobs, gpus_per_run, cpus_per_run, address
+        ) as where:
+            all_ = planning.plan(
+                cells,
+                root,
+                data_dir,
+                out,
+                _precision(where, output),
+                making=None if dry_run else _making(output, cells),
+                pretrained=pretrained,
+            )
+            for warning in planning.doubts(all_):
+                output.warn(warning)
+            planned += planning.part(all_, part) if part else all_
+            if dry_run:
+                _show_plan(planned, where, estimate, force, output)
+                return
+            work = _carry_out(planned, where, retries, force, out, output, done)
+        _show(planned, work, output)
+
+
+def _grid(file: Path | None, flags: Mapping[str, Any]) -> "Grid":
+    """The grid of a file, and of flags, which win over it."""
+    from ltnorm import resolve
+    from ltnorm.sweep.grid import Grid, read_grid
+
+    asked = read_grid(file) if file else Grid()
+    asked.recipe = flags["recipe"] or asked.recipe
+    for name in AXES:
+        if flags[name]:
+            asked.vary(name, flags[name])
+    if flags["seeds"] is not None:
+        asked.vary("seed", options.parse_seeds(flags["seeds"]))
+    for item in flags["axis"] or ():
+        key, values = _assigned("--grid", item, "train.lr=0.1,0.2")
+        asked.vary(key, values)
+    fixed = {name: value for name, value in flags.items() if name not in AXES}
+    for key, value in options.recipe_flags(fixed).items():
+        asked.fix(key, value)
+    for item in flags["set_"] or ():
+        asked.fix(*resolve.parse_set(item))
+    if flags["pretrained"] is not None:
+        from ltnorm.pretrained import pretrained_sha256
+
+        asked.fix("model.pretrained", pretrained_sha256(flags["pretrained"]))
+    for item in flags["exclude"] or ():
+        asked.exclude(dict(_assignments(item)))
+    return asked
+
+
+def _assigned(flag: str, item: str, example: str) -> tuple[str, list[Any]]:
+    """The key and the values of `KEY=V1,V2`."""
+    import yaml
+
+    key, equals, values = item.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"{flag} {item}: not KEY=VALUES", f"for example {flag} {example}")
+    try:
+        return key.strip(), yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError as error:
+        raise UsageError(
+            f"{flag} {item}: the values are not YAML", f"for example {flag} {example}"
+        ) from error
+
+
+def _assignments(item: str) -> Iterator[tuple[str, list[Any]]]:
+    """The pairs of `KEY=V,KEY=V`; a part without a key is another value of the one before."""
+    pairs: list[str] = []
+    for part in item.split(","):
+        if "=" in part or not pairs:
+            pairs.append(part)
+        else:
+            pairs[-1] += f",{part}"
+    for pair in pairs:
+        yield _assigned("--exclude", pair, "norm=gn,ratio=10")
+
+
+def _arguments(
+    root: Path, data_dir: Path, out: Path, pretrained: Path | None, force: bool
+) -> list[str]:
+    """Of `ltnorm train`, the same for all runs."""
+    flags = ["--root", str(root), "--data-dir", str(data_dir), "--out", str(out)]
+    flags += ["--pretrained", str(pretrained.absolute())] if pretrained else []
+    return flags + (["--force"] if force else [])
+
+
+@contextmanager
+def _launching(
+    name: str,
+    cells: Sequence["Cell"],
+    arguments: Sequence[str],
+    jobs: int | None,
+    gpus_per_run: float | None,
+    cpus_per_run: float,
+    address: str | None,
+) -> Iterator["Launcher"]:
+    """What makes the runs; it ends those that are still running."""
+    devices = {cell.recipe.device for cell in cells}
+    for device in sorted(devices):
+        if ":" in device:
+            hint = f"--device cuda; CUDA_VISIBLE_DEVICES={device[5:]} chooses which"
+            raise UsageError(f"device {device}: a sweep hands out the GPUs itself", hint)
+    on_gpu = bool(devices - {"cpu", "mps"})
+    if name == "ray":
+        from ltnorm.sweep.on_ray import Ray
+
+        made = Ray(arguments, jobs, gpus_per_run, cpus_per_run, address, on_gpu)
+    else:
+        from ltnorm.sweep import local
+
+        gpus = local.visible_gpus() if on_gpu else []
+        made = local.Local(local.places(jobs, gpus_per_run, gpus), arguments)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def _precision(launcher: "Launcher", output: Output) -> "Precision":
+    """What `auto` is where the runs are made, found out once, so that all are comparable."""
+
+    @cache
+    def found(device: str, asked: str) -> str:
+        precision, reason = launcher.precision(device, asked)
+        output.note(f"precision {precision}: {reason}")
+        return precision
+
+    return found
+
+
+def _making(output: Output, cells: Sequence["Cell"]) -> Any:
+    from ltnorm.data.making import Making
+
+    workers = cells[0].recipe.workers or None
+    return Making(workers=workers, tell=output.note, counting=output.counting)
+
+
+def _carry_out(
+    planned: Sequence["Job"],
+    launcher: "Launcher",
+    retries: int,
+    force: bool,
+    out: Path,
+    output: Output,
+    done: dict[Any, Any],
+) -> "Work":
+    """Make the runs, telling how far they are; `done` is told which are finished."""
+    from ltnorm.sweep.progress import Progress
+    from ltnorm.sweep.work import Work
+
+    progress = Progress(output, out)
+    progress.work = work = Work.of(planned, force, progress.tell)
+    work.finished = done | work.finished
+    if work.before:
+        output.note(f"{work.before} of {work.total} runs are finished; --force repeats them")
+    try:
+        with progress.show():
+            work.carry_out(launcher, retries, force, progress.watch)
+    finally:
+        done |= work.finished
+    return work
+
+
+def _show(planned: Sequence["Job"], work: "Work", output: Output) -> None:
+    """The table of what is finished, and all failures.
+
+    Raises:
+        LtnormError: a run failed.
+    """
+    from ltnorm.reporting.compare import compare
+    from ltnorm.reporting.export import table
+    from ltnorm.reporting.schema import Run
+    from ltnorm.reporting.sheets import of_blocks
+
+    runs = [Run(work.finished[job], job.directory) for job in planned if job in work.finished]
+    if runs:
+        output.product(table(of_blocks(compare(runs)), output.out.width))
+    failures = {failure.job: failure for failure in work.failed}
+    output.document(
+        {
+            "finished": len(runs),
+            "failed": len(failures),
+            "runs": [_row(job, work.finished.get(job), failures.get(job)) for job in planned],
+        }
+    )
+    for job, failure in failures.items():
+        output.err.print(f"{job.directory}: {failure.error}", markup=False, soft_wrap=True)
+        output.err.print(f"  {failure.hint}", markup=False, soft_wrap=True, style="dim")
+    if failures:
+        logs = "the same command makes what is missing; log.txt in each folder has what was said"
+        raise LtnormError(f"{len(failures)} of {len(planned)} runs failed", logs)
+
+
+def _row(job: "Job", result: Any, failure: Any) -> dict[str, Any]:
+    """A run of the JSON document."""
+    from ltnorm.sweep.grid import short
+
+    row: dict[str, Any] = {"directory": str(job.directory)}
+    row["state"] = "finished" if result else "failed"
+    row["cell"] = {short(key): value for key, value in job.values.items()}
+    row["error"], row["hint"] = (failure.error, failure.hint) if failure else (None, None)
+    return row | {"result": dataclasses.asdict(result) if result else None}
+
+
+def _show_plan(
+    planned: Sequence["Job"], launcher: "Launcher", measure: bool, force: bool, output: Output
+) -> None:
+    """What would be run, where, and how long it would take."""
+    from ltnorm.sweep.progress import duration
+
+    states = {job: "finished" if job.result() else str(job.state().state) for job in planned}
+    for job in planned:
+        if states[job] == "unfinished" and not job.status():
+            states[job] = "new"
+    missing = [job for job in planned if force or states[job] != "finished"]
+    found = None
+    if measure and missing:
+        from ltnorm.sweep.estimate import estimate
+
+        found = estimate(missing, launcher.places, output.note)
+    output.product(_plan_table(planned, states, found))
+    counts = ", ".join(f"{n} {state}" for state, n in sorted(Counter(states.values()).items()))
+    repeated = "; finished ones would be repeated" if force and len(missing) else ""
+    output.product(f"\n{len(planned)} runs: {counts}{repeated}")
+    if found:
+        output.product(
+            f"about {duration(found.total)}, {len(launcher.places)} at a time; the longest run "
+            f"{duration(found.longest)} (training steps timed on this machine)"
+        )
+        if found.unknown:
+            output.product(f"without {found.unknown} runs whose time is not known")
+    output.document(
+        {
+            "runs": [_planned(job, states[job], found) for job in planned],
+            "at_a_time": len(launcher.places),
+            "seconds": found.total if found else None,
+            "longest_seconds": found.longest if found else None,
+        }
+    )
+
+
+def _planned(job: "Job", state: str, found: "Estimate | None") -> dict[str, Any]:
+    from ltnorm.sweep.grid import short
+
+    return {
+        "directory": str(job.directory),
+        "state": state,
+        "cell": {short(key): value for key, value in job.values.items()},
+        "fingerprint": job.recipe.fingerprint(),
+        "seconds": found.runs.get(job) if found else None,
+    }
+
+
+def _plan_table(
+    planned: Sequence["Job"], states: Mapping["Job", str], found: "Estimate | None"
+) -> Any:
+    """A line for each setting, whose seeds are counted by their state."""
+    from ltnorm.sweep.progress import duration
+
+    settings: dict[Path, list[Job]] = {}
+    for job in planned:
+        settings.setdefault(job.directory.parent, []).append(job)
+    lines = [["run", "seeds", "state", "each about"]]
+    for directory, jobs in settings.items():
+        counts = Counter(states[job] for job in jobs)
+        state = ", ".join(f"{n} {s}" if len(counts) > 1 else s for s, n in counts.items())
+        times = [found.runs.get(job) for job in jobs] if found else []
+        known = [seconds for seconds in times if seconds is not None]
+        time = duration(sum(known) / len(known)) if known else "–"
+        seeds = _ranges(sorted(job.recipe.seed for job in jobs))
+        lines.append([str(directory), seeds, state, time])
+    columns = list(zip(*lines, strict=True))
+    return grid(columns if found else columns[:-1], left=(0, 1, 2), text_width=None)
+
+
+def _ranges(seeds: Sequence[int]) -> str:
+    """Seeds as `--seeds` takes them: `0-4,7`."""
+    parts: list[list[int]] = []
+    for seed in seeds:
+        if parts and parts[-1][-1] == seed - 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
