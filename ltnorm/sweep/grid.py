@@ -132,7 +132,8 @@ def read_grid(path: Path) -> Grid:
         try:
             grid.vary(key, values)
         except UsageError as error:
-            mistakes.append(Mistake(f"grid.{key}", error.message, error.hint))
+            text = error.message.removeprefix(f"{short(path_of(key))}: ")
+            mistakes.append(Mistake(f"grid.{key}", text, error.hint))
     exclusions = data.get("exclude") or []
     for i, exclusion in enumerate(exclusions if isinstance(exclusions, list) else [exclusions]):
         if not isinstance(exclusion, Mapping) or not exclusion:

@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TextIO
 
 from ltnorm.data.check import cores
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.reporting import schema
-from ltnorm.sweep.plan import ATTEMPT, Job
+from ltnorm.sweep.plan import ATTEMPT, LOG, Job
 
 # From SIGTERM, in which a run saves itself, to SIGKILL.
 GRACE = 5.0
@@ -106,10 +107,15 @@ class Local:
         free = list(self.places)
         for run in self.running:
             free.remove(run.place)
-        command = [sys.executable, "-m", "ltnorm.sweep.child", *command_of(job, self.arguments)]
+        command = [
+            sys.executable,
+            "-m",
+            "ltnorm.sweep.child",
+            *command_of(job.directory, self.arguments),
+        ]
         if job.recipe.workers is None and len(self.places) > 1:
             command += ["--workers", str(max(1, self._cores // (1 if free[0] else 2)))]
-        with opened_log(job, number) as log:
+        with logging_to(job.directory, job.recipe.to_yaml(), number) as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -148,26 +154,26 @@ class Local:
                 process.wait()
 
 
-def command_of(job: Job, arguments: Sequence[str]) -> list[str]:
+def command_of(directory: Path, arguments: Sequence[str]) -> list[str]:
     """The command line of a run, whose recipe lies in its directory."""
-    return ["train", "--recipe", str(job.directory), *arguments, "--quiet", "--json"]
+    return ["train", "--recipe", str(directory), *arguments, "--quiet", "--json"]
 
 
 @contextlib.contextmanager
-def opened_log(job: Job, number: int) -> Iterator[TextIO]:
-    """A run's directory, with its recipe, and its log opened to append to.
+def logging_to(directory: Path, recipe: str, number: int) -> Iterator[TextIO]:
+    """A run's directory, with its recipe, and its log opened to append the `number`th attempt.
 
     Raises:
         LtnormError: they cannot be written.
     """
     try:
-        job.directory.mkdir(parents=True, exist_ok=True)
-        schema.write_text(job.directory / schema.RECIPE, job.recipe.to_yaml())
+        directory.mkdir(parents=True, exist_ok=True)
+        schema.write_text(directory / schema.RECIPE, recipe)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        log = job.log.open("a", encoding="utf-8")
+        log = (directory / LOG).open("a", encoding="utf-8")
     except OSError as error:
         raise LtnormError(
-            f"cannot write {error.filename or job.directory}: {error.strerror or error}",
+            f"cannot write {error.filename or directory}: {error.strerror or error}",
             "finished runs are kept; free what is in the way, and type the same command again",
         ) from error
     with log:
