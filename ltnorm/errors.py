@@ -14,6 +14,10 @@ class LtnormError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        # From a worker: an exception is made anew of what its own constructor was given.
+        return type(self), (self.message, self.hint)
+
 
 class UsageError(LtnormError):
     """A wrong flag, recipe or path, found before work starts."""

@@ -282,7 +282,6 @@ def _carry_out(
 
     progress = Progress(output, out)
     progress.work = work = Work.of(planned, force, progress.tell)
-    work.finished = done | work.finished
     if work.before:
         output.note(f"{work.before} of {work.total} runs are finished; --force repeats them")
     try:

@@ -8,7 +8,9 @@ by the sweep, not by Ray, so that it can tell so.
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +63,10 @@ class Task:
             return None
         try:
             return self.ray.get(self.reference)
+        except self.ray.exceptions.TaskCancelledError:
+            return LOST
+        except self.ray.exceptions.RayTaskError as error:
+            raise _cause(error) from error
         except self.ray.exceptions.RayError:
             return LOST
 
@@ -88,7 +94,7 @@ class Ray:
 
     def __post_init__(self) -> None:
         self.ray = _import()
-        with _silent():
+        with _silent(), _own_signals():
             try:
                 self.ray.init(
                     address=self.address or "local",
@@ -140,12 +146,7 @@ class Ray:
                 f"no Ray worker has answered in {PROBE_SECONDS:g} s", "`ray status` tells why"
             ) from error
         except self.ray.exceptions.RayTaskError as error:
-            if isinstance(cause := error.cause, LtnormError):
-                raise type(cause)(cause.message, cause.hint) from error
-            raise LtnormError(
-                f"a Ray worker cannot run ltnorm: {error.cause}",
-                "all nodes need the same Python and the same ltnorm",
-            ) from error
+            raise _cause(error) from error
         except self.ray.exceptions.RayError as error:
             reason = " ".join(str(error).split())[:200]
             raise LtnormError(
@@ -166,7 +167,9 @@ class Ray:
         """Hand a run to Ray."""
         make = self.ray.remote(max_calls=1)(make_run).options(**self.options)
         directory = str(job.directory.absolute())
-        command = [*command_of(job.directory.absolute(), self.arguments)]
+        command = command_of(job.directory.absolute(), self.arguments)
+        if job.recipe.workers is None:
+            command += ["--workers", str(max(1, int(self.cpus)))]
         reference = make.remote(directory, job.recipe.to_yaml(), number, command)
         self.tasks.append(Task(self.ray, reference))
         return self.tasks[-1]
@@ -183,6 +186,17 @@ class Ray:
                 self.ray.cancel(reference, force=True)
         with _silent():
             self.ray.shutdown()
+
+
+def _cause(error: Any) -> LtnormError:
+    """What went wrong in a task, outside of its command."""
+    if isinstance(error.cause, LtnormError):
+        return error.cause
+    reason = f"{type(error.cause).__name__}: {error.cause}"
+    return LtnormError(
+        f"a Ray worker cannot run ltnorm: {reason}",
+        "all nodes need the same Python and the same ltnorm",
+    )
 
 
 def _probe(device: str, asked: str) -> tuple[str, str, str]:
@@ -226,6 +240,17 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray answers SIGTERM by an exit of its own; the answer that was there before stays."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

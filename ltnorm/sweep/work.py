@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ltnorm.errors import LtnormError
+from ltnorm.reporting import schema
 from ltnorm.reporting.schema import Result
 from ltnorm.reporting.state import State
 from ltnorm.sweep.plan import ATTEMPT, Job
@@ -24,7 +25,11 @@ class Attempt(Protocol):
     """A run in the hands of a launcher."""
 
     def ended(self) -> int | None:
-        """Its exit code; negative if its process was lost; None while it is made."""
+        """Its exit code; negative if its process was lost; None while it is made.
+
+        Raises:
+            LtnormError: it could not be begun.
+        """
 
 
 class Launcher(Protocol):
@@ -77,7 +82,7 @@ class Work:
     Attributes:
         finished: with their results, those that were finished before included.
         before: how many those were.
-        elsewhere: runs that another process was making when they were looked at last.
+        elsewhere: runs that wait for another process, which makes them or their first stage.
         tell: told of each run that finished, failed or was lost.
     """
 
@@ -127,7 +132,7 @@ class Work:
         """Start a run, unless somebody else has finished it since, or is at it."""
         if not force and (result := job.result()):
             self._finish(job, result)
-        elif job.is_running():
+        elif self._is_held(job):
             self.elsewhere.append(job)
         else:
             number = self.attempts[job] = self.attempts.get(job, 0) + 1
@@ -136,21 +141,38 @@ class Work:
             except LtnormError as error:
                 self._fail(Failure(job, error.message, error.hint))
 
+    def _is_held(self, job: Job) -> bool:
+        """Whether a run must wait for another process that makes it, or the first of two stages.
+
+        One of ours that was lost is free: from another machine its last words may look alive.
+        """
+        first = job.first
+        if first and not schema.finished(first):
+            made = [part for run in self.running for part in (run.job.first, run.job.directory)]
+            if first in made:
+                return True
+        return job not in self.attempts and job.is_running()
+
     def _look_elsewhere(self) -> None:
         """See what has become of the runs that other processes make."""
         if time.monotonic() - self.looked < LOOK:
             return
         self.looked = time.monotonic()
-        still = [job for job in self.elsewhere if job.is_running()]
+        still = [job for job in self.elsewhere if self._is_held(job)]
         self.waiting += [job for job in self.elsewhere if job not in still]
         self.elsewhere = still
 
     def _collect(self, run: Running, retries: int, immediate: bool) -> None:
         """See whether a run has ended, and how."""
-        code = run.attempt.ended()
+        job, now = run.job, time.monotonic()
+        try:
+            code = run.attempt.ended()
+        except LtnormError as error:
+            self.running.remove(run)
+            self._fail(Failure(job, error.message, error.hint))
+            return
         if code is None:
             return
-        job, now = run.job, time.monotonic()
         if code == 0:
             run.ended = run.ended or now
             if result := job.result():
