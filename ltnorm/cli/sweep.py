@@ -144,11 +144,13 @@ def command(
             for warning in planning.doubts(all_):
                 output.warn(warning)
             planned += planning.part(all_, part) if part else all_
-            if dry_run:
-                _show_plan(planned, where, estimate, force, output)
-                return
-            work = _carry_out(planned, where, retries, force, out, output, done)
-        _show(planned, work, output)
+            at_a_time = where.places
+            if not dry_run:
+                work = _carry_out(planned, where, retries, force, out, output, done)
+        if dry_run:
+            _show_plan(planned, at_a_time, estimate, force, output)
+        else:
+            _show(planned, work, output)
 
 
 def _grid(file: Path | None, flags: Mapping[str, Any]) -> "Grid":
@@ -334,7 +336,11 @@ def _row(job: "Job", result: Any, failure: Any) -> dict[str, Any]:
 
 
 def _show_plan(
-    planned: Sequence["Job"], launcher: "Launcher", measure: bool, force: bool, output: Output
+    planned: Sequence["Job"],
+    places: Sequence[str | None],
+    measure: bool,
+    force: bool,
+    output: Output,
 ) -> None:
     """What would be run, where, and how long it would take."""
     from ltnorm.sweep.progress import duration
@@ -348,14 +354,14 @@ def _show_plan(
     if measure and missing:
         from ltnorm.sweep.estimate import estimate
 
-        found = estimate(missing, launcher.places, output.note)
+        found = estimate(missing, places, output.note)
     output.product(_plan_table(planned, states, found))
     counts = ", ".join(f"{n} {state}" for state, n in sorted(Counter(states.values()).items()))
     repeated = "; finished ones would be repeated" if force and len(missing) else ""
     output.product(f"\n{len(planned)} runs: {counts}{repeated}")
     if found:
         output.product(
-            f"about {duration(found.total)}, {len(launcher.places)} at a time; the longest run "
+            f"about {duration(found.total)}, {len(places)} at a time; the longest run "
             f"{duration(found.longest)} (training steps timed on this machine)"
         )
         if found.unknown:
@@ -363,7 +369,7 @@ def _show_plan(
     output.document(
         {
             "runs": [_planned(job, states[job], found) for job in planned],
-            "at_a_time": len(launcher.places),
+            "at_a_time": len(places),
             "seconds": found.total if found else None,
             "longest_seconds": found.longest if found else None,
         }

@@ -1,8 +1,7 @@
 """Runs as tasks of a Ray cluster, which is started here or joined.
 
-A run is made in the worker process itself, so that its lock goes with the worker. Each worker
-makes one run: what a run leaves behind in a process is met by no other. Lost ones are tried again
-by the sweep, not by Ray, so that it can tell so.
+A run is made in the worker process itself, so that its lock goes with the worker. Lost ones are
+tried again by the sweep, not by Ray, so that it can tell so.
 """
 
 import contextlib
@@ -90,10 +89,27 @@ class Ray:
     address: str | None
     on_gpu: bool
     tasks: list[Task] = field(default_factory=list)
+    hushed: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     immediate = False
 
     def __post_init__(self) -> None:
         self.ray = _import()
+        # Of lost workers Ray tells on stdout, which is for the product alone.
+        nothing = self.hushed.enter_context(open(os.devnull, "w"))
+        self.hushed.enter_context(contextlib.redirect_stdout(nothing))
+        try:
+            self._join()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _join(self) -> None:
+        """Start or join the cluster, and see what it has.
+
+        Raises:
+            LtnormError: that cannot be done.
+            UsageError: it has too little for a run.
+        """
         with _silent(), _own_signals():
             try:
                 self.ray.init(
@@ -114,7 +130,6 @@ class Ray:
         needed = {"CPU": self.cpus, "GPU": self.gpus}
         for kind, count in needed.items():
             if count > there.get(kind, 0.0):
-                self.stop()
                 raise UsageError(
                     f"a run needs {count:g} {kind}, and the Ray cluster has {there.get(kind, 0):g}",
                     f"a smaller --{kind.lower()}s-per-run",
@@ -136,7 +151,7 @@ class Ray:
         Raises:
             LtnormError: no worker answers, or it has another version of ltnorm.
         """
-        probe = self.ray.remote(max_calls=1)(_probe).options(**self.options)
+        probe = self.ray.remote(_probe).options(**self.options)
         try:
             version, found, reason = self.ray.get(
                 probe.remote(device, asked), timeout=PROBE_SECONDS
@@ -165,7 +180,7 @@ class Ray:
 
     def start(self, job: Job, number: int) -> Task:
         """Hand a run to Ray."""
-        make = self.ray.remote(max_calls=1)(make_run).options(**self.options)
+        make = self.ray.remote(make_run).options(**self.options)
         directory = str(job.directory.absolute())
         command = command_of(job.directory.absolute(), self.arguments)
         if job.recipe.workers is None:
@@ -186,6 +201,7 @@ class Ray:
                 self.ray.cancel(reference, force=True)
         with _silent():
             self.ray.shutdown()
+        self.hushed.close()
 
 
 def _cause(error: Any) -> LtnormError:

@@ -33,7 +33,7 @@ class Attempt(Protocol):
 
 
 class Launcher(Protocol):
-    """What makes runs."""
+    """What makes runs. Until it is stopped, nothing is to be printed on stdout."""
 
     # Whether results appear at once, as on one machine.
     immediate: bool
