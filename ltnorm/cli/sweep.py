@@ -89,6 +89,8 @@ def command(
     part: Annotated[
         str | None, typer.Option("--part", help="I/N: each N-th run only, for job arrays.")
     ] = None,
+    log: options.Log = None,
+    checkpoint_steps: options.CheckpointSteps = None,
     root: options.Root = options.ROOT,
     data_dir: options.DataDir = options.DATA_DIR,
     out: options.Out = options.OUT,
@@ -114,7 +116,9 @@ def command(
     from ltnorm.reporting import schema
     from ltnorm.sweep import plan as planning
     from ltnorm.sweep.grid import expand
+    from ltnorm.training.log import check as check_log
 
+    check_log(log)
     output = Output(quiet=quiet, json=json)
     asked = _grid(file, context.params)
     done: dict[Any, Any] = {}
@@ -126,7 +130,7 @@ def command(
         places = (root, data_dir, out)
         if launcher == "ray":  # whose workers live in other folders
             places = tuple(place.absolute() for place in places)
-        arguments = _arguments(*places, pretrained, force)
+        arguments = _arguments(*places, pretrained, log, checkpoint_steps, force)
         if not dry_run:
             schema.check_out(out)
         with _launching(
@@ -210,12 +214,25 @@ def _assignments(item: str) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _arguments(
-    root: Path, data_dir: Path, out: Path, pretrained: Path | None, force: bool
+    root: Path,
+    data_dir: Path,
+    out: Path,
+    pretrained: Path | None,
+    log: str | None,
+    checkpoint_steps: int | None,
+    force: bool,
 ) -> list[str]:
     """Of `ltnorm train`, the same for all runs."""
-    flags = ["--root", str(root), "--data-dir", str(data_dir), "--out", str(out)]
-    flags += ["--pretrained", str(pretrained.absolute())] if pretrained else []
-    return flags + (["--force"] if force else [])
+    given = {
+        "--root": root,
+        "--data-dir": data_dir,
+        "--out": out,
+        "--pretrained": pretrained and pretrained.absolute(),
+        "--log": log,
+        "--checkpoint-steps": checkpoint_steps,
+    }
+    pairs = [(flag, str(value)) for flag, value in given.items() if value is not None]
+    return [word for pair in pairs for word in pair] + (["--force"] if force else [])
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class Ray:
     def __post_init__(self) -> None:
         self.ray = _import()
         # Of lost workers Ray tells on stdout, which is for the product alone.
-        nothing = self.hushed.enter_context(open(os.devnull, "w"))
+        nothing = self.hushed.enter_context(open(os.devnull, "w"))  # noqa: SIM115
         self.hushed.enter_context(contextlib.redirect_stdout(nothing))
         try:
             self._join()
