@@ -237,19 +237,24 @@ def make_run(directory: str, recipe: str, number: int, command: Sequence[str]) -
 @contextlib.contextmanager
 def _redirected(log: TextIO) -> Iterator[None]:
     """What this process prints goes to a log, also what libraries print; stdout goes nowhere."""
+    with open(os.devnull, "w") as nothing, _sent(nothing.fileno(), log.fileno()):
+        yield
+
+
+@contextlib.contextmanager
+def _sent(*descriptors: int) -> Iterator[None]:
+    """What goes to stdout and to stderr goes to these, from Python and from C++ alike."""
     kept = [os.dup(1), os.dup(2)]
-    nothing = os.open(os.devnull, os.O_WRONLY)
     try:
         _flush()
-        os.dup2(nothing, 1)
-        os.dup2(log.fileno(), 2)
+        for number, descriptor in enumerate(descriptors, start=1):
+            os.dup2(descriptor, number)
         yield
     finally:
         _flush()
         for number, descriptor in enumerate(kept, start=1):
             os.dup2(descriptor, number)
             os.close(descriptor)
-        os.close(nothing)
 
 
 def _flush() -> None:
@@ -271,19 +276,6 @@ def _own_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Ray's own words are for nobody who asked for a table: they are dropped.
-
-    They come from Python and from C++ alike.
-    """
-    with open(os.devnull, "w") as nothing:
-        kept = [os.dup(1), os.dup(2)]
-        try:
-            _flush()
-            for number in (1, 2):
-                os.dup2(nothing.fileno(), number)
-            yield
-        finally:
-            _flush()
-            for number, descriptor in enumerate(kept, start=1):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
+    """Ray's own words are for nobody who asked for a table: they are dropped."""
+    with open(os.devnull, "w") as nothing, _sent(nothing.fileno(), nothing.fileno()):
+        yield
