@@ -225,7 +225,7 @@ def write_text(path: Path, text: str, *, sync: bool = True) -> None:
     write_bytes(path, text.encode(), sync=sync)
 
 
-def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
+def write_bytes(path: Path, content: bytes | memoryview, *, sync: bool = True) -> None:
     """Write a file whole or not at all; a link or a device is written through, not replaced.
 
     Without `sync` that holds of the end of the process alone, not of the machine's.

@@ -89,7 +89,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     """
     content = io.BytesIO()
     torch.save(vars(checkpoint), content)
-    write_bytes(path, content.getvalue())
+    write_bytes(path, content.getbuffer())
 
 
 def file_of(path: Path) -> Path:

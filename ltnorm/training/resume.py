@@ -144,9 +144,9 @@ class FileKeeper(Keeper):
         content = io.BytesIO()
         torch.save(self._state(at), content)
         epochs, steps = place
-        name = f"resume-{epochs:05}-{steps:08}-{_hash(content.getvalue())}.pt"
+        name = f"resume-{epochs:05}-{steps:08}-{_hash(content.getbuffer())}.pt"
         try:
-            write_bytes(self.directory / name, content.getvalue())
+            write_bytes(self.directory / name, content.getbuffer())
         except OSError as error:  # it can go well the next time, and training needs it not
             if not self._failed:
                 self.output.warn(
@@ -257,7 +257,7 @@ def _kept(directory: Path) -> list[Path]:
     return sorted(names, key=lambda path: path.name, reverse=True)
 
 
-def _hash(content: bytes) -> str:
+def _hash(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
