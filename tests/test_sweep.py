@@ -261,6 +261,25 @@ def test_a_killed_run_is_made_again_and_a_failed_one_leaves_the_rest(forked, ltn
     assert [attempts(run) for run in (*others, failed)] == [2, 1, 1, 2]
 
 
+def test_two_sweeps_of_one_tree_share_the_work(forked, ltnorm, tmp_path):
+    command = f"{FOUR} --set train.epochs=4"
+    other = Forked(
+        ["", "-m", "ltnorm.sweep.child", *command.split()],
+        stdin=None,
+        stdout=None,
+        stderr=(tmp_path / "other").open("w"),
+        env={},
+        process_group=0,
+    )
+    answer = ltnorm(command)
+    other.wait()
+    assert (answer.code, other.returncode) == (0, 0), (tmp_path / "other").read_text()
+    runs = [SETTING / f"resnet8-{norm}-ce/seed{seed}" for norm in ("bn", "gn") for seed in (0, 1)]
+    assert [attempts(run) for run in runs] == [1] * 4
+    for told in (answer.err, (tmp_path / "other").read_text()):
+        assert told.count("finished results/") == 4
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_sweep_that_is_ended_ends_its_runs_in_order(forked, failing, tmp_path, sent, code):
     first = tmp_path / SETTING / "resnet8-bn-ce/seed0"

@@ -308,6 +308,7 @@ def _carry_out(
             work.carry_out(launcher, retries, force, progress.watch)
     finally:
         done |= work.finished
+        work.release()
     return work
 
 

@@ -1,10 +1,13 @@
 """The work of a sweep: its runs, waiting, running, finished and failed, until none is left."""
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from ltnorm.errors import LtnormError
 from ltnorm.reporting import schema
@@ -12,6 +15,8 @@ from ltnorm.reporting.schema import Result
 from ltnorm.reporting.state import State
 from ltnorm.sweep.plan import ATTEMPT, Job
 
+# Held by the sweep that makes a run.
+CLAIM = "sweep.lock"
 POLL = 0.25
 # The exit code of a process of which nothing more is known.
 LOST = -100
@@ -70,6 +75,7 @@ class Running:
 
     job: Job
     attempt: Attempt
+    claim: BaseFileLock | None = None
     started: float = field(default_factory=time.monotonic)
     # When the process had ended well, while its result was not yet seen.
     ended: float | None = None
@@ -128,17 +134,23 @@ class Work:
             watch()
             time.sleep(POLL)
 
+    def release(self) -> None:
+        """Leave what is running to other sweeps."""
+        for run in self.running:
+            _release(run.claim)
+
     def _start(self, job: Job, launcher: Launcher, force: bool) -> None:
         """Start a run, unless somebody else has finished it since, or is at it."""
         if not force and (result := job.result()):
             self._finish(job, result)
-        elif self._is_held(job):
+        elif self._is_held(job) or not (claim := _claim(job)):
             self.elsewhere.append(job)
         else:
             number = self.attempts[job] = self.attempts.get(job, 0) + 1
             try:
-                self.running.append(Running(job, launcher.start(job, number)))
+                self.running.append(Running(job, launcher.start(job, number), claim))
             except LtnormError as error:
+                _release(claim)
                 self._fail(Failure(job, error.message, error.hint))
 
     def _is_held(self, job: Job) -> bool:
@@ -168,7 +180,7 @@ class Work:
         try:
             code = run.attempt.ended()
         except LtnormError as error:
-            self.running.remove(run)
+            self._end(run)
             self._fail(Failure(job, error.message, error.hint))
             return
         if code is None:
@@ -176,15 +188,15 @@ class Work:
         if code == 0:
             run.ended = run.ended or now
             if result := job.result():
-                self.running.remove(run)
+                self._end(run)
                 self._finish(job, result)
             elif immediate or now - run.ended > SETTLE:
-                self.running.remove(run)
+                self._end(run)
                 error = f"it ended well, but its result is not in {job.directory}"
                 hint = "all machines must share the folders of --out and --data-dir"
                 self._fail(Failure(job, error, hint))
             return
-        self.running.remove(run)
+        self._end(run)
         # A process that was asked to end (143) was not asked by us.
         lost = code < 0 or code in (130, 143)
         if lost and self.attempts[job] <= retries:
@@ -194,6 +206,10 @@ class Work:
         else:
             self._fail(explain(job, code, self.attempts[job]))
 
+    def _end(self, run: Running) -> None:
+        self.running.remove(run)
+        _release(run.claim)
+
     def _finish(self, job: Job, result: Result) -> None:
         self.finished[job] = result
         self.tell("finished", job, "")
@@ -201,6 +217,26 @@ class Work:
     def _fail(self, failure: Failure) -> None:
         self.failed.append(failure)
         self.tell("failed", failure.job, failure.error)
+
+
+def _claim(job: Job) -> BaseFileLock | None:
+    """A lock that keeps other sweeps off a run, also while its process starts; None: they have it.
+
+    Where it cannot be had, the run's own lock decides, and the run tells what is wrong.
+    """
+    lock = FileLock(job.directory / CLAIM, fallback_to_soft=False)
+    with contextlib.suppress(OSError):
+        job.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+    return lock
+
+
+def _release(claim: BaseFileLock | None) -> None:
+    if claim:
+        claim.release()
 
 
 def _fate(code: int) -> str:
