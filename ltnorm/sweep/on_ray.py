@@ -229,6 +229,10 @@ def make_run(directory: str, recipe: str, number: int, command: Sequence[str]) -
     """
     from ltnorm.cli import main
 
+    # By SIGINT it is asked to end; a sweep that runs in the background has it ignored, and so would
+    # the workers.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     place = Path(directory)
     with logging_to(place, recipe, number) as log, _redirected(log):
         return main(command)
