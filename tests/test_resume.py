@@ -426,6 +426,48 @@ def test_without_a_sound_state_a_run_begins_anew(interrupted, ltnorm):
     assert "goes on" not in said
 
 
+def test_states_that_are_not_taken_do_not_cost_those_that_are_new(interrupted, ltnorm, monkeypatch):
+    """They are of later epochs than a training that begins anew."""
+    for file in interrupted:
+        later = file.with_name(file.name.replace("resume-00001", "resume-00009"))
+        file.rename(later).write_bytes(flip(later.read_bytes()))
+    with monkeypatch.context() as patched:
+        stopped_at(5, patched)
+        with pytest.raises(Stopped):
+            ltnorm(f"{TRAIN} --checkpoint-steps 1")
+    assert [file.name.split("-")[1] for file in resume._kept(BN)] == ["00001", "00001"]
+    assert "goes on after step 1 of epoch 2" in again(ltnorm)
+
+
+def crafted(state, what):
+    """A state that is none, for all that its hash says."""
+    if what == "parts":
+        del state["parts"]
+    elif what == "weights":
+        state["parts"]["objective"] = {}
+    elif what == "optimizer":
+        state["parts"]["optimizer"] = state["parts"]["optimizer"][:-1]
+    elif what == "position":
+        state["position"]["epochs"] = [(1, 2)]
+    else:
+        state["run"] = [1]
+    return state
+
+
+@pytest.mark.parametrize("what", ["parts", "weights", "optimizer", "position", "run"])
+def test_a_state_that_is_none_gives_way_as_well(interrupted, ltnorm, what):
+    last, _ = interrupted
+    content = io.BytesIO()
+    torch.save(crafted(torch.load(last, weights_only=True), what), content)
+    last.unlink()
+    name = last.name.split("-")[:3]
+    made = last.with_name("-".join([*name, f"{resume._hash(content.getvalue())}.pt"]))
+    made.write_bytes(content.getvalue())
+    said = again(ltnorm)
+    assert f"{made} is not the state of this training" in said
+    assert "goes on after step 1 of epoch 2" in said
+
+
 class Malice:
     """What makes a file where it is unpickled."""
 
@@ -505,6 +547,22 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(folder):
     assert not list(BN.glob(".*.tmp"))
     assert ended(process(TRAIN)) == 0
     assert same(BN, "whole" / BN.relative_to("results"))
+
+
+def test_a_repeated_run_that_finds_no_room_leaves_the_earlier_one(folder):
+    assert ended(process(TRAIN)) == 0
+    before = {path.name: path.read_bytes() for path in BN.iterdir() if path.suffix != ".csv"}
+    result = (BN / schema.RESULT).read_text()
+    big = (BN / "checkpoint.pt").stat().st_size
+
+    def small():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (big // 2, big // 2))
+
+    assert ended(process(f"{TRAIN} --force", small)) == 1
+    assert (BN / schema.RESULT).read_text() == result
+    assert all((BN / name).read_bytes() == content for name, content in before.items())
+    assert not list(BN.glob(".*.tmp"))
 
 
 def test_of_two_processes_one_makes_a_run_and_the_other_waits(folder):

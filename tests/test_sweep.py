@@ -341,13 +341,14 @@ class FakeLauncher:
     immediate = True
 
     def __init__(self, room):
-        self.room, self.started, self.most = room, [], 0
+        self.room, self.started, self.flags = room, [], []
 
     def has_room(self, running):
         return running < self.room
 
-    def start(self, job, number):
+    def start(self, job, number, force=()):
         self.started.append(job)
+        self.flags.append(" ".join(force))
         code = job.codes.pop(0)
         if isinstance(code, Exception):
             raise code
@@ -393,6 +394,38 @@ def test_what_is_tried_again_and_what_is_not(tmp_path, monkeypatch):
     for _ in two:
         made._start(made.waiting.pop(0), launcher, False)
     assert (len(made.running), made.elsewhere) == (1, [two[1]])
+
+
+def test_a_first_stage_that_runs_share_is_repeated_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "POLL", 0.0)
+    monkeypatch.setattr(work, "LOOK", 0.0)
+    first = FakeJob(tmp_path / "first", [0], done=True)
+    seconds = [FakeJob(tmp_path / f"second{i}", [0], first.directory, done=True) for i in (1, 2)]
+    (first.directory).mkdir()
+    (first.directory / schema.RESULT).touch()  # finished, from before
+    for jobs, flags in (
+        ([*seconds, first], ["--force", "--force --keep-first"]),
+        ([first, *seconds], ["--force", "--force --keep-first", "--force --keep-first"]),
+    ):
+        for job in jobs:
+            job.codes = [0]
+        launcher = FakeLauncher(room=3)
+        made = work.Work.of(jobs, True, lambda *_: None)
+        made.carry_out(launcher, retries=0, force=True, watch=lambda: None)
+        assert launcher.flags == flags
+        assert set(made.finished) == set(jobs)
+
+
+def test_who_tells_nothing_more_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "POLL", 0.01)
+    monkeypatch.setattr(work, "LOOK", 0.0)
+    monkeypatch.setattr(work, "WATCH", 0.2)
+    job, told = FakeJob(tmp_path / "run", [0], held=1 << 30), []
+    words = iter([1, 1, 2, *[3] * 10_000])  # its status goes on for a while
+    job.status = lambda: next(words)
+    made = work.Work.of([job], False, lambda what, *_: told.append(what))
+    made.carry_out(FakeLauncher(room=1), retries=0, force=False, watch=lambda: None)
+    assert told == ["held", "finished"]
 
 
 def test_a_failure_is_told_in_the_words_of_its_last_attempt(tmp_path):

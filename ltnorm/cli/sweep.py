@@ -130,7 +130,7 @@ def command(
         places = (root, data_dir, out)
         if launcher == "ray":  # whose workers live in other folders
             places = tuple(place.absolute() for place in places)
-        arguments = _arguments(*places, pretrained, log, checkpoint_steps, force)
+        arguments = _arguments(*places, pretrained, log, checkpoint_steps)
         if not dry_run:
             schema.check_out(out)
         with _launching(
@@ -220,7 +220,6 @@ def _arguments(
     pretrained: Path | None,
     log: str | None,
     checkpoint_steps: int | None,
-    force: bool,
 ) -> list[str]:
     """Of `ltnorm train`, the same for all runs."""
     given = {
@@ -232,7 +231,7 @@ def _arguments(
         "--checkpoint-steps": checkpoint_steps,
     }
     pairs = [(flag, str(value)) for flag, value in given.items() if value is not None]
-    return [word for pair in pairs for word in pair] + (["--force"] if force else [])
+    return [word for pair in pairs for word in pair]
 
 
 @contextmanager

@@ -98,6 +98,9 @@ def command(
     checkpoint_steps: options.CheckpointSteps = None,
     dry_run: options.DryRun = False,
     force: options.Force = False,
+    keep_first: Annotated[
+        bool, typer.Option("--keep-first", help="With --force: keep a finished first stage.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -143,7 +146,7 @@ def command(
         schema.check_out(out)
         from ltnorm.training.distributed import joined
 
-        keeping = {"steps": checkpoint_steps, "anew": force}
+        keeping = {"steps": checkpoint_steps, "anew": force, "anew_first": not keep_first}
         with joined(planned[0].device):
             jobs = _jobs(planned, root, data_dir, out, keeping, pretrained, output)
             run_all(jobs, done, output)
@@ -166,7 +169,11 @@ def interruptible(done: Mapping[Path, Any], planned: Sequence[Any], force: bool)
     """Ctrl-C and SIGTERM end what is inside with one error that says how far it came."""
     try:
         yield
-    except (KeyboardInterrupt, Terminated) as stop:
+    except (KeyboardInterrupt, Terminated, SystemError) as error:
+        # (What a handler raises within Ray's compiled code comes out as the cause of another.)
+        stop = error.__cause__ if isinstance(error, SystemError) else error
+        if not isinstance(stop, KeyboardInterrupt | Terminated):
+            raise
         code = 143 if isinstance(stop, Terminated) else 130
         raise Interrupted(code, len(done), len(planned), force) from stop
 
@@ -215,7 +222,10 @@ class Runner:
         if not first:
             made = running.run(recipe, self.data, self.out, self.output, self.pretrained, **how)
             return directory, made
-        self.run(twostage.first_stage(recipe), wait)
+        keeping = dataclasses.replace(
+            self.keeping, anew=self.keeping.anew and self.keeping.anew_first
+        )
+        dataclasses.replace(self, keeping=keeping).run(twostage.first_stage(recipe), wait)
         with distributed.watched():
             start = twostage.load_first(first, self.root, self.data_dir, recipe.device)
         return directory, twostage.run(recipe, start, self.out, self.output, **how)

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,10 +254,30 @@ def _sync(file: IO[bytes]) -> None:
             raise
 
 
+@contextlib.contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A folder for all files of a finished run, which then take the place of earlier ones.
+
+    While it is filled an earlier run stays as it is, also if there is no room for the new one.
+    """
+    aside = directory / f".{secrets.token_hex(4)}.tmp"
+    aside.mkdir()
+    try:
+        yield aside
+        (directory / RESULT).unlink(missing_ok=True)  # void from here on
+        for file in sorted(aside.iterdir(), key=lambda file: file.name == RESULT):
+            file.replace(directory / file.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def remove_unwritten(directory: Path) -> None:
-    """Remove what processes left that were killed while they wrote a file of a run."""
-    for file in directory.glob(".*.tmp"):
-        file.unlink(missing_ok=True)
+    """Remove what processes left that were killed while they wrote files of a run."""
+    for path in directory.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

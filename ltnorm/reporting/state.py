@@ -94,10 +94,12 @@ class UnderWay:
     def tell(self, fraction: float, epoch: int, epochs: int | None) -> None:
         """So much of training is done, and so many epochs, of so many."""
         due = epoch != self.status.epoch or time.monotonic() - self.written >= SECONDS
-        done = min(fraction, 1.0)
-        self.status = replace(self.status, fraction=done, epoch=epoch, epochs=epochs)
+        told = {"fraction": min(fraction, 1.0), "epoch": epoch, "epochs": epochs}
         if due:
-            self._write()
+            self._write(**told)
+        else:
+            with self._writing:
+                self.status = replace(self.status, **told)
 
     def fail(self, error: BaseException) -> None:
         """The run ends here."""
@@ -109,8 +111,7 @@ class UnderWay:
         else:  # Ctrl-C, SIGTERM
             state, what, hint = State.unfinished, "interrupted", AGAIN
         self._ended.set()
-        self.status = replace(self.status, state=state, error=what, hint=hint)
-        self._write()
+        self._write(state=state, error=what, hint=hint)
 
     def finish(self) -> None:
         """Its result is there."""
@@ -123,12 +124,13 @@ class UnderWay:
         while not self._ended.wait(PULSE):
             self._write(beat=True)
 
-    def _write(self, beat: bool = False) -> None:
+    def _write(self, beat: bool = False, **changes: Any) -> None:
         # A run must not fail because it cannot tell of itself.
         with self._writing, contextlib.suppress(OSError):
             if beat and self._ended.is_set():
                 return
-            self.status, self.written = replace(self.status, updated=_now()), time.monotonic()
+            self.status = replace(self.status, updated=_now(), **changes)
+            self.written = time.monotonic()
             text = json.dumps(asdict(self.status), indent=2) + "\n"
             schema.write_text(self.file, text, sync=False)
 

@@ -7,6 +7,7 @@ exclude: [{norm: gn, train.lr: 0.2}]
 """
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ SHORT = {
 NAMES = {path: short for short, path in SHORT.items()}
 KEYS = ("recipe", "set", "grid", "exclude")
 MANY = 100_000
+TRAIN_BUDGETS = [f"train.{unit}" for unit in BUDGETS]
+# What is no part of an experiment: see `Recipe.settings`.
+APART = ("device", "workers", "eval.every")
 
 
 @dataclass
@@ -63,8 +67,11 @@ class Grid:
         """
         path = path_of(key)
         values = _values(path, values)
-        if not values:
+        if not values or (None in values and path.endswith(".name")):
             raise UsageError(f"{short(path)}: an axis without values", "give a list, or leave out")
+        if path in APART:
+            text = "no axis: runs that differ in it alone are one"
+            raise UsageError(f"{short(path)}: {text}", f"set it for all: --set {path}=...")
         self._forget(path)
         self.axes[path] = values
 
@@ -74,9 +81,7 @@ class Grid:
         self.exclusions.append({path: _values(path, value) for path, value in paths.items()})
 
     def _forget(self, path: str) -> None:
-        section, _, key = path.rpartition(".")
-        budgets = [f"train.{unit}" for unit in BUDGETS]
-        for old in budgets if section == "train" and key in BUDGETS else [path]:
+        for old in TRAIN_BUDGETS if path in TRAIN_BUDGETS else [path]:
             self.axes.pop(old, None)
             self.fixed.pop(old, None)
 
@@ -105,7 +110,7 @@ def _values(path: str, values: Any) -> list[Any]:
     if path == "seed":
         from ltnorm.cli.options import parse_seeds
 
-        parts = [[v] if isinstance(v, int) else parse_seeds(str(v)) for v in values]
+        parts = [[v] if type(v) is int else parse_seeds(str(v)) for v in values]
         values = [seed for part in parts for seed in part]
     return [value for i, value in enumerate(values) if value not in values[:i]]
 
@@ -123,6 +128,10 @@ def read_grid(path: Path) -> Grid:
         if key not in KEYS
     ]
     grid = Grid(_recipe(data.get("recipe"), path, mistakes))
+    told = [key for part in ("set", "grid") for key in _flat(_mapping(data, part, []))]
+    if len(budgets := [key for key in told if key in TRAIN_BUDGETS]) > 1:
+        text = f"one budget is enough, not {' and '.join(dict.fromkeys(budgets))}"
+        mistakes.append(Mistake(budgets[-1], text))
     for key, value in _flat(_mapping(data, "set", mistakes)).items():
         grid.fix(key, value)
     for key, values in _flat(_mapping(data, "grid", mistakes)).items():
@@ -159,6 +168,10 @@ def _read(path: Path) -> Mapping[str, Any]:
         line = f" (line {mark.line + 1})" if mark else ""
         hint = "a sweep starts like `grid: {norm: [bn, gn], seed: 0-4}`"
         raise UsageError(f"{path}: not readable as YAML{line}", hint) from error
+    try:
+        json.dumps(data, default=str)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise UsageError(f"{path}: contains itself", "see the &anchors in it") from error
     if not isinstance(data, Mapping):
         hint = "a sweep starts like `grid: {norm: [bn, gn], seed: 0-4}`"
         raise UsageError(f"{path}: not a mapping of {', '.join(KEYS)}", hint)

@@ -97,7 +97,7 @@ class Local:
         """Whether fewer are running than there are places."""
         return running < len(self.places)
 
-    def start(self, job: Job, number: int) -> Process:
+    def start(self, job: Job, number: int, force: Sequence[str] = ()) -> Process:
         """Start the command that a user would type for the run.
 
         Raises:
@@ -111,7 +111,7 @@ class Local:
             sys.executable,
             "-m",
             "ltnorm.sweep.child",
-            *command_of(job.directory, self.arguments),
+            *command_of(job.directory, [*self.arguments, *force]),
         ]
         if job.recipe.workers is None and len(self.places) > 1:
             command += ["--workers", str(max(1, self._cores // (1 if free[0] else 2)))]

@@ -178,11 +178,11 @@ class Ray:
         """Whether the cluster holds more runs."""
         return running < len(self.places)
 
-    def start(self, job: Job, number: int) -> Task:
+    def start(self, job: Job, number: int, force: Sequence[str] = ()) -> Task:
         """Hand a run to Ray."""
         make = self.ray.remote(make_run).options(**self.options)
         directory = str(job.directory.absolute())
-        command = command_of(job.directory.absolute(), self.arguments)
+        command = command_of(job.directory.absolute(), [*self.arguments, *force])
         if job.recipe.workers is None:
             command += ["--workers", str(max(1, int(self.cpus)))]
         reference = make.remote(directory, job.recipe.to_yaml(), number, command)
@@ -191,15 +191,18 @@ class Ray:
 
     def stop(self) -> None:
         """Interrupt what runs, which saves itself, then end it; and the cluster, if it is ours."""
-        alive = [task.reference for task in self.tasks if task.ended() is None]
         with contextlib.suppress(Exception), _silent():
+            asked = [task.reference for task in self.tasks]
+            _, alive = (
+                self.ray.wait(asked, num_returns=len(asked), timeout=0) if asked else ([], [])
+            )
             for reference in alive:
                 self.ray.cancel(reference)
             if alive:
                 self.ray.wait(alive, num_returns=len(alive), timeout=GRACE)
             for reference in alive:
                 self.ray.cancel(reference, force=True)
-        with _silent():
+        with contextlib.suppress(Exception), _silent():
             self.ray.shutdown()
         self.hushed.close()
 

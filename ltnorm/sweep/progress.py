@@ -51,11 +51,11 @@ class Progress:
             self.live.update(self.table(), refresh=True)
 
     def tell(self, what: str, job: Job, why: str) -> None:
-        """A run was finished, failed or lost."""
+        """A run was finished, failed, lost, or is held by another process."""
         place = job.directory
         if what == "failed":
             self.output.warn(f"{place} failed: {why}")
-        elif what == "lost":
+        elif what in ("lost", "held"):
             self.output.note(f"{place}: {why}")
         elif not self.live:
             work = self.work

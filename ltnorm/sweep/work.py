@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -12,7 +13,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from ltnorm.errors import LtnormError
 from ltnorm.reporting import schema
 from ltnorm.reporting.schema import Result
-from ltnorm.reporting.state import State
+from ltnorm.reporting.state import WATCH, State, Status
 from ltnorm.sweep.plan import ATTEMPT, Job
 
 # Held by the sweep that makes a run.
@@ -53,8 +54,8 @@ class Launcher(Protocol):
     def has_room(self, running: int) -> bool:
         """Whether another run can be started beside those that are running."""
 
-    def start(self, job: Job, number: int) -> Attempt:
-        """Start a run, for the `number`th time."""
+    def start(self, job: Job, number: int, force: Sequence[str] = ()) -> Attempt:
+        """Start a run, for the `number`th time, with the flags that repeat what is finished."""
 
     def stop(self) -> None:
         """End all that is running, in order if there is time."""
@@ -99,6 +100,9 @@ class Work:
     failed: list[Failure] = field(default_factory=list)
     elsewhere: list[Job] = field(default_factory=list)
     attempts: dict[Job, int] = field(default_factory=dict)
+    # Runs and first stages that have been repeated, and what runs elsewhere have told, and when.
+    repeated: set[Path] = field(default_factory=set)
+    heard: dict[Job, tuple[Status | None, float]] = field(default_factory=dict)
     before: int = 0
     looked: float = 0.0
 
@@ -128,7 +132,7 @@ class Work:
         while self.waiting or self.running or self.elsewhere:
             for run in list(self.running):
                 self._collect(run, retries, launcher.immediate)
-            self._look_elsewhere()
+            self._look_elsewhere(force)
             while self.waiting and launcher.has_room(len(self.running)):
                 self._start(self.waiting.pop(0), launcher, force)
             watch()
@@ -141,36 +145,52 @@ class Work:
 
     def _start(self, job: Job, launcher: Launcher, force: bool) -> None:
         """Start a run, unless somebody else has finished it since, or is at it."""
-        if not force and (result := job.result()):
+        if (not force or job.directory in self.repeated) and (result := job.result()):
             self._finish(job, result)
-        elif self._is_held(job) or not (claim := _claim(job)):
+        elif self._is_held(job, force) or not (claim := _claim(job)):
             self.elsewhere.append(job)
         else:
             number = self.attempts[job] = self.attempts.get(job, 0) + 1
             try:
-                self.running.append(Running(job, launcher.start(job, number), claim))
+                flags = self._force(job) if force else []
+                self.running.append(Running(job, launcher.start(job, number, flags), claim))
             except LtnormError as error:
                 _release(claim)
                 self._fail(Failure(job, error.message, error.hint))
 
-    def _is_held(self, job: Job) -> bool:
+    def _force(self, job: Job) -> list[str]:
+        """What repeats a run; a first stage that runs share is repeated once."""
+        return ["--force", *(["--keep-first"] if job.first in self.repeated else [])]
+
+    def _is_held(self, job: Job, force: bool = False) -> bool:
         """Whether a run must wait for another process that makes it, or the first of two stages.
 
-        One of ours that was lost is free: from another machine its last words may look alive.
+        One of ours that was lost is free: from another machine its last words may look alive. So
+        is one that has told nothing for longer than a process that makes it would be silent: who
+        makes it then finds out whether it is held.
         """
-        first = job.first
-        if first and not schema.finished(first):
+        first = job.first or job.directory
+        if force or (job.first and not schema.finished(first)):
             made = [part for run in self.running for part in (run.job.first, run.job.directory)]
             if first in made:
                 return True
-        return job not in self.attempts and job.is_running()
+        if job in self.attempts or not job.is_running():
+            return False
+        told, now = job.status(), time.monotonic()
+        before, since = self.heard.get(job, (None, now))
+        if job not in self.heard:
+            self.tell("held", job, "another process is making it")
+        if job not in self.heard or told != before:
+            self.heard[job] = told, now
+            return True
+        return now - since < WATCH
 
-    def _look_elsewhere(self) -> None:
+    def _look_elsewhere(self, force: bool) -> None:
         """See what has become of the runs that other processes make."""
         if time.monotonic() - self.looked < LOOK:
             return
         self.looked = time.monotonic()
-        still = [job for job in self.elsewhere if self._is_held(job)]
+        still = [job for job in self.elsewhere if self._is_held(job, force)]
         self.waiting += [job for job in self.elsewhere if job not in still]
         self.elsewhere = still
 
@@ -211,6 +231,7 @@ class Work:
         _release(run.claim)
 
     def _finish(self, job: Job, result: Result) -> None:
+        self.repeated |= {job.directory, *filter(None, [job.first])}
         self.finished[job] = result
         self.tell("finished", job, "")
 

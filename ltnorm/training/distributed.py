@@ -34,6 +34,7 @@ T = TypeVar("T")
 PATIENCE, LONG_PATIENCE = timedelta(minutes=30), timedelta(days=7)
 # What the backends say of a rank that does not answer.
 GONE = ("gloo", "nccl", "connection", "socket", "timed out", "broken pipe")
+SAVING = 5.0  # seconds that a process has to end in order
 SETTLING = 2.0  # seconds after which it is known what has become of the others
 STOPPED = "stopped"  # the last word of a rank that was asked to end
 
@@ -67,7 +68,10 @@ def joined(device: str) -> Iterator[None]:
         yield
         return
     where = resolve_device(device)
-    _ranks = _meet(here, where)
+    left = threading.Event()
+    threading.Thread(target=_end_with_launcher, args=(os.getppid(), left), daemon=True).start()
+    with _ended_by_sigterm():
+        _ranks = _meet(here, where)
     try:
         with watched():
             yield
@@ -79,7 +83,30 @@ def joined(device: str) -> Iterator[None]:
     else:
         dist.destroy_process_group()
     finally:
+        left.set()
         _ranks = None
+
+
+def _end_with_launcher(launcher: int, left: threading.Event) -> None:
+    """torchrun ends its processes, but cannot where it is killed itself."""
+    while not left.wait(2):
+        if os.getppid() != launcher:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if not left.wait(SAVING):
+                os._exit(143)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """While ranks look for each other, deep in torch, no handler in Python would be called."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _meet(here: Place, device: torch.device) -> _Ranks:

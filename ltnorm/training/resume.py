@@ -41,11 +41,13 @@ NAME = re.compile(r"resume-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
 class Keeping:
     """How a training is kept: after each epoch, and after so many steps if it is given.
 
-    `anew` forgets what was kept.
+    `anew` forgets what was kept, and repeats what is finished; so it does with the first of two
+    stages unless `anew_first` is off.
     """
 
     steps: int | None = None
     anew: bool = False
+    anew_first: bool = True
 
 
 KEEPING = Keeping()
@@ -108,6 +110,7 @@ class FileKeeper(Keeper):
         self._parts: _Parts | None = None
         self._stop = Stop()
         self._place: tuple[int, int] | None = None
+        self._files: list[Path] = []  # that this training can go back to, the last one last
         self._failed = False
 
     @contextmanager
@@ -156,8 +159,9 @@ class FileKeeper(Keeper):
             self._failed = True
             return
         self._place, self._failed = place, False
-        for file in _kept(self.directory)[KEPT:]:
-            file.unlink(missing_ok=True)
+        self._files = [*self._files, self.directory / name][-KEPT:]
+        # What was not taken goes, too: it may be of epochs that this training has not come to.
+        forget(self.directory, self._files)
 
     def _state(self, at: Position) -> dict[str, Any]:
         assert self._parts
@@ -202,6 +206,7 @@ class FileKeeper(Keeper):
         """
         for file in _kept(self.directory):
             if state := self._read(file):
+                self._files = [file]
                 return state
         return None
 
@@ -213,15 +218,15 @@ class FileKeeper(Keeper):
                 why = "is damaged"
             else:
                 state = pickled.read(file)
-                found = state["run"]
+                found = _checked(state, self.run, self._parts)
         except OSError as error:
             why = f"cannot be read ({error.strerror or error})"
         except pickled.Refused as refused:
             why = str(refused)
-        except (KeyError, TypeError, IndexError):
-            why = "is not the state of a training"
+        except (KeyError, TypeError, ValueError, AttributeError):
+            why = "is not the state of this training"
         if why:
-            self.output.warn(f"{file} {why}: going back to the one before it")
+            self.output.warn(f"{file} {why}: going back to the one before it, if there is one")
             return None
         if found != self.run:
             self._check_processes(found)
@@ -245,10 +250,46 @@ def _words(at: Position) -> str:
     return step if at.losses else f"epoch {len(at.epochs)}"
 
 
-def forget(directory: Path) -> None:
-    """Remove what was kept of a training."""
+def forget(directory: Path, but: Sequence[Path] = ()) -> None:
+    """Remove what was kept of a training, as far as it can be, `but` some of it."""
     for file in _kept(directory):
-        file.unlink(missing_ok=True)
+        if file not in but:
+            with suppress(OSError):
+                file.unlink()
+
+
+def _checked(state: Any, mine: dict[str, Any], parts: "_Parts") -> dict[str, Any]:
+    """What a state belongs to.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is not all there, or it is said to
+            be of this run, `mine`, and does not fit its parts.
+    """
+    run, position, random_ = dict(state["run"]), state["position"], state["random"]
+    [Epoch(*values) for values in position["epochs"]]
+    [tuple(machine) for machine in state["machines"]]
+    float(position["seconds"]), int(position["images"]), float(position["lr"])
+    if position["losses"] is not None:
+        list(position["losses"])
+    if not {"torch", "cuda", "numpy", "python"} <= random_.keys():
+        raise KeyError("random")
+    now, then = parts.state(), state["parts"]
+    fits = all(_shapes(then[name]) == _shapes(now[name]) for name in ("objective", "average"))
+    # (An optimizer knows nothing of weights before its first step.)
+    if run == mine and not (fits and len(then["optimizer"]) == len(now["optimizer"])):
+        raise ValueError("other weights")
+    return run
+
+
+def _shapes(value: Any) -> Any:
+    """The structure of a state, with shapes in place of tensors."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return {key: _shapes(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shapes(part) for part in value]
+    return type(value)
 
 
 def _kept(directory: Path) -> list[Path]:

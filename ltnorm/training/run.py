@@ -372,7 +372,6 @@ def finish(
     """Evaluate what a run has trained and write all of it, the result row last."""
     split, groups = recipe.eval.split, recipe.eval.groups
     measured = evaluate_split(done.model, data, split, groups, device, recipe.workers)
-    _save(directory, recipe, data, done, measured)
     seconds = sum(epoch.seconds for epoch in done.epochs)
     images = sum(epoch.images for epoch in done.epochs)
     devices, versions = zip(*done.machines, machine(device), strict=True)
@@ -393,7 +392,9 @@ def finish(
         ltnorm=__version__,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    schema.write_result(directory, result)
+    with schema.replacing(directory) as aside:
+        _save(aside, recipe, data, done, measured)
+        schema.write_result(aside, result)
     forget(directory)
     return result
 
@@ -422,8 +423,7 @@ def _save(
     done: Training,
     measured: Evaluation,
 ) -> None:
-    """Everything of a run but its result row; an earlier row is void from here on."""
-    (directory / schema.RESULT).unlink(missing_ok=True)
+    """Everything of a run but its result row."""
     state = done.model.state_dict()
     for name, value in state.items():  # in place: the dict has the layers' versions besides
         state[name] = value.cpu()

@@ -62,8 +62,8 @@ def deferred() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, alarm)
         for number, handler in stop._handlers.items():
             signal.signal(number, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # only now can nothing start it again
+        signal.signal(signal.SIGALRM, alarm)
         stop.deliver()
