@@ -9,6 +9,7 @@
         result.csv       one row, written last: the mark of a finished run
         lock, status.json  while it is made, see `state`
         resume-*.pt      until it is finished: the state of its training, see `training.resume`
+        log.txt, sweep.lock  of a sweep, see `sweep.plan`
 
 A setting is `<model>-<norm>-<loss>[-drw][-<sampler>][-<method>[-<norm mode>]][-<tag>]`. Its
 directory belongs to one fingerprint, which lies in it; another recipe of the same names gets a
