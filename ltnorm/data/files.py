@@ -4,6 +4,8 @@ Everything is decided by (file, seed) pairs that the main process hands out, so 
 not depend on how many workers there are.
 """
 
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -31,7 +33,6 @@ from ltnorm.recipe import Train
 # How torch, and `_next`, say that a worker has died.
 KILLED = ("killed by signal", "exited unexpectedly", "worker is gone")
 AHEAD = 2  # batches that each worker makes before they are asked for
-GRACE = 10  # seconds that a worker outlives SIGTERM, in which the main process ends
 
 Item = tuple[int, int]  # which file, and the seed of what happens to it
 Change = Callable[[Tensor], Tensor]  # of an image, uint8 [3, H, W]
@@ -263,13 +264,10 @@ def _collate(images: list[Tensor | Unreadable]) -> Tensor | Unreadable:
 def _leave_ending_to_the_main_process(worker: int) -> None:
     """Ctrl-C, and what a scheduler sends, reach all processes; the main one ends the workers.
 
-    Where it could not, because another of them was killed meanwhile, all that it does is to send
-    SIGTERM as it exits, and then to wait: a worker outlives that by a while only.
-
     What a worker was sending when the main process went is no error of its own to be printed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print_error = sys.excepthook
 
     def unless_gone(kind: type[BaseException], *error: Any) -> None:
@@ -279,8 +277,21 @@ def _leave_ending_to_the_main_process(worker: int) -> None:
     sys.excepthook = unless_gone
 
 
+def _end_workers() -> None:
+    """As the main process exits: those that are left, because another was killed, or a signal came.
+
+    Python would send them SIGTERM, and wait for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def _decoded(loader: DataLoader) -> Iterator[Tensor]:
     batches = iter(loader)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # what is registered last comes first: torch waits seconds
     try:
         while (images := _next(batches)) is not None:
             if isinstance(images, Unreadable):
