@@ -5,6 +5,7 @@ All ranks know the whole batch's labels, and have its loss. Of N images rank r o
 of this is nothing.
 """
 
+from collections.abc import Iterable
 from itertools import accumulate
 
 import torch
@@ -68,9 +69,10 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def as_first(tensors: list[Tensor]) -> None:
+def as_first(tensors: Iterable[Tensor]) -> None:
     """Make tensors the same on all ranks, to the bit: those of rank 0."""
     if world_size() > 1:
+        tensors = list(tensors)
         if rank() > 0:
             torch._foreach_zero_(tensors)
         _exchange(tensors)

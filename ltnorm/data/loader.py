@@ -65,6 +65,12 @@ def batches(images: Images, size: int, workers: int) -> Iterator[Tensor]:
             yield torch.from_numpy(np.array(part))  # a copy: a memory map is read here
 
 
+def batches_per_epoch(images: int, batch_size: int) -> int:
+    """The last partial batch counts; one of a single image is dropped."""
+    whole, rest = divmod(images, batch_size)
+    return whole + (rest > 1)
+
+
 class Loader:
     """Augmented training batches.
 
@@ -114,8 +120,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        whole, rest = divmod(len(self.labels), self.train.batch_size)
-        return whole + (rest > 1)
+        return batches_per_epoch(len(self.labels), self.train.batch_size)
 
     @property
     def images_per_epoch(self) -> int:

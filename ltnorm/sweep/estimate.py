@@ -18,7 +18,7 @@ import torch
 
 from ltnorm import bench
 from ltnorm.data.check import cores
-from ltnorm.data.loader import Loader
+from ltnorm.data.loader import Loader, batches_per_epoch
 from ltnorm.data.source import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from ltnorm.errors import LtnormError
 from ltnorm.recipe import Recipe, Train
@@ -85,9 +85,8 @@ def makespan(seconds: Sequence[float], places: int) -> float:
 
 
 def steps_of(train: Train, images: int) -> int:
-    """The training steps of a budget of epochs or steps; a batch of one image is dropped."""
-    whole, rest = divmod(images, train.batch_size)
-    return train.steps or (train.epochs or 0) * (whole + (rest > 1))
+    """The training steps of a budget of epochs or steps."""
+    return train.steps or (train.epochs or 0) * batches_per_epoch(images, train.batch_size)
 
 
 def _kind(job: Job) -> str:

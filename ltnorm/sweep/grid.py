@@ -18,6 +18,7 @@ import yaml
 from ltnorm import registry
 from ltnorm.errors import UsageError, did_you_mean
 from ltnorm.recipe import BUDGETS, Recipe
+from ltnorm.reporting.labels import flatten
 from ltnorm.resolve import Overrides, read, shipped_recipes, try_resolve
 from ltnorm.validation import DEFAULT_NAMES, NAMED, Mistake, common_fields, report
 
@@ -128,13 +129,13 @@ def read_grid(path: Path) -> Grid:
         if key not in KEYS
     ]
     grid = Grid(_recipe(data.get("recipe"), path, mistakes))
-    told = [key for part in ("set", "grid") for key in _flat(_mapping(data, part, []))]
+    told = [key for part in ("set", "grid") for key in flatten(_mapping(data, part, []))]
     if len(budgets := [key for key in told if key in TRAIN_BUDGETS]) > 1:
         text = f"one budget is enough, not {' and '.join(dict.fromkeys(budgets))}"
         mistakes.append(Mistake(budgets[-1], text))
-    for key, value in _flat(_mapping(data, "set", mistakes)).items():
+    for key, value in flatten(_mapping(data, "set", mistakes)).items():
         grid.fix(key, value)
-    for key, values in _flat(_mapping(data, "grid", mistakes)).items():
+    for key, values in flatten(_mapping(data, "grid", mistakes)).items():
         if path_of(key) in grid.fixed:
             text = "is in set as well"
             mistakes.append(Mistake(f"grid.{key}", text, "leave out one of the two"))
@@ -193,17 +194,6 @@ def _mapping(data: Mapping[str, Any], key: str, mistakes: list[Mistake]) -> Mapp
         return {str(k): v for k, v in value.items()}
     mistakes.append(Mistake(key, f"not a mapping of keys, got {value!r:.40}"))
     return {}
-
-
-def _flat(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections written as such, as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{k}": v for k, v in _flat(value).items()}
-        else:
-            flat[key] = value
-    return flat
 
 
 def _in_file(error: UsageError, path: Path) -> UsageError:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -204,8 +205,8 @@ def by_first(context: AbstractContextManager[T]) -> Iterator[T | None]:
 
 def start_alike(module: nn.Module) -> None:
     """Give all ranks the weights and the running statistics of rank 0."""
-    tensors = [*module.parameters(), *module.buffers()]
-    parallel.as_first([t for t in tensors if t.is_floating_point()])
+    tensors = chain(module.parameters(), module.buffers())
+    parallel.as_first(t for t in tensors if t.is_floating_point())
 
 
 def draw_apart(*numbers: int) -> None:

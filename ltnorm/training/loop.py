@@ -46,7 +46,7 @@ def step(objective: SinglePath, optimizer: optim.Optimizer, batch: Batch, train:
     if train.clip_grad:
         clip_grad_norm_(optimizer.parameters, train.clip_grad)
     optimizer.step()
-    parallel.as_first([b for b in objective.buffers() if b.is_floating_point()])
+    parallel.as_first(b for b in objective.buffers() if b.is_floating_point())
     return loss.detach()
 
 
@@ -109,7 +109,7 @@ def fit(
             at.close(Epoch(epoch, at.lr, mean, *done, speed, accuracy))
             on_epoch(at.epochs[-1])
             progress.epoch(_part_done(train, at), epoch, mean, at.lr, speed)
-            keeper.after_epoch(at)
+            keeper.keep(at)
     return at.epochs
 
 

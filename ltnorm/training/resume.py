@@ -75,10 +75,7 @@ class Keeper:
         return False
 
     def keep(self, at: Position) -> None:
-        """Keep a position in the midst of an epoch."""
-
-    def after_epoch(self, at: Position) -> None:
-        """An epoch is over."""
+        """Keep a position: when it is due, and after each epoch."""
 
 
 class FileKeeper(Keeper):
@@ -136,10 +133,6 @@ class FileKeeper(Keeper):
         # (Other ranks may have heard of it before.)
         if distributed.from_first(lambda: self._stop.asked):
             self._stop.deliver()
-
-    def after_epoch(self, at: Position) -> None:
-        """Keep a position; this is where a training ends that was told to."""
-        self.keep(at)
 
     def _save(self, at: Position) -> None:
         if (place := (len(at.epochs), at.steps)) == self._place:
