@@ -25,6 +25,7 @@ from ltnorm.recipe import Recipe
 from ltnorm.training import loop, optim
 from ltnorm.training.build import build_model, build_objective
 from ltnorm.training.device import memory_format, resolve_device
+from ltnorm.training.graph import Graphs
 
 WARM_UP = 3
 MIB = 2**20
@@ -130,7 +131,7 @@ def measure(
 @contextmanager
 def _compiler(variants: Sequence[Variant]) -> Iterator[None]:
     """Room for all variants: they share the model's code, and beyond a limit it runs as it is."""
-    compiled = sum(variant.compiled for variant in variants)
+    compiled = sum(v.compiled or v.recipe.train.compile for v in variants)
     if not compiled:  # importing the compiler takes longer than a measurement
         yield
         return
@@ -152,16 +153,21 @@ class Subject:
         layout = memory_format(device, recipe.train.precision)
         self.objective.to(device=device, memory_format=layout)
         self.optimizer = optim.build(recipe.train, self.objective.parameters())
-        if variant.compiled:
+        if variant.compiled or recipe.train.compile:
             self.model.compile()
         images, labels = random_batch(batch)
         images = images.to(device).contiguous(memory_format=layout)
-        self.batch = augment.Batch(images, labels.to(device))
+        batch = augment.Batch(images, labels.to(device))
+        self.update = loop.Update(self.objective, self.optimizer, batch, recipe.train)
+        self.graphs = Graphs()
 
     def train(self) -> None:
         """One training step, from the batch on the device to the new weights."""
         self._switch(training=True)
-        loop.step(self.objective, self.optimizer, self.batch, self.variant.recipe.train)
+        if self.update.train.graph:
+            self.graphs.make([self.update])
+        else:
+            self.update.make()
         self._wait()
 
     @torch.inference_mode()
@@ -169,7 +175,7 @@ class Subject:
         """One forward in evaluation mode, in the precision of training."""
         self._switch(training=False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            self.model(self.batch.images)
+            self.model(self.update.batch.images)
         self._wait()
 
     def measure_memory(self) -> None:
@@ -256,7 +262,7 @@ def _explained(variant: Variant, batch: Batch) -> Iterator[None]:
                 f"out of memory: {what}, {size}", "try a smaller --batch-size or --model"
             ) from error
         hint = "try a larger --image-size or --batch-size, or another --device"
-        if variant.compiled:
+        if variant.compiled or variant.recipe.train.compile:
             hint = "leave out --compile; it needs a C++ compiler on the CPU, Triton on a GPU"
         raise LtnormError(f"{what} fails on {size}: {reason}", hint) from error
 
@@ -268,7 +274,7 @@ def _row(
     evaluation: Mapping[str, Sequence[float]],
 ) -> Row:
     subject = subjects[label]
-    variant, images = subject.variant, len(subject.batch.labels)
+    variant, images = subject.variant, len(subject.update.batch.labels)
     against = variant.against
     columns: dict[str, float] = {}
     for what, seconds in (("train", train), ("eval", evaluation)):

@@ -36,6 +36,29 @@ def _console(stderr: bool) -> Console:
     return console
 
 
+class Bars:
+    """The bars of all trainings that are under way: a terminal has one live display at a time."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._shown = 0
+
+    @contextmanager
+    def shown(self, make: Callable[[], "Progress"]) -> Iterator["Progress"]:
+        """What `make` gives, begun with the first of several at the same time, ended with all."""
+        if self._progress is None:
+            self._progress = make()
+            self._progress.start()
+        self._shown += 1
+        try:
+            yield self._progress
+        finally:
+            self._shown -= 1
+            if not self._shown:
+                self._progress.stop()
+                self._progress = None
+
+
 @dataclass
 class Output:
     """Where a command prints. stdout: tables, one JSON document, directories. stderr: the rest.
@@ -50,6 +73,7 @@ class Output:
     err: Console = field(default_factory=lambda: _console(stderr=True))
     tell: Callable[[float, int, int | None], None] | None = None
     log: str | None = None
+    bars: Bars = field(default_factory=Bars)
 
     def product(self, renderable: RenderableType) -> None:
         """A table or text for people, on stdout; nothing in JSON mode."""
@@ -83,16 +107,19 @@ class Output:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         live = self.err.is_terminal and not self.quiet
-        progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[state]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            expand=True,
-            console=self.err,
-            disable=not live,
-        )
-        with progress:
+
+        def bars() -> Progress:
+            return Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[state]}", markup=False),
+                TimeRemainingColumn(compact=True),
+                expand=True,
+                console=self.err,
+                disable=not live,
+            )
+
+        with self.bars.shown(bars) as progress:
             yield TrainingProgress(self, progress, label, epochs, live)
 
     @contextmanager

@@ -216,6 +216,10 @@ class Train(Section):
     resized takes a part of its area in `crop_scale`, as RandomResizedCrop; auto is padded, but
     resized where images stay files. `color_jitter` are the strengths of brightness, contrast,
     saturation and hue.
+
+    How it is computed: `compile` puts the model through torch.compile; `graph` replays a step as
+    a CUDA graph; `stack` trains the seeds of a command together, step by step; `deterministic`
+    has torch use no kernel whose result depends on the order of threads.
     """
 
     epochs: PositiveInt | None = None
@@ -254,6 +258,10 @@ class Train(Section):
         "none", "cifar10", "imagenet", "svhn", "randaugment", "trivialaugment"
     ] = "none"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    graph: bool = False
+    stack: bool = False
+    deterministic: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -19,6 +19,7 @@ from ltnorm.data.source import Pixels
 from ltnorm.recipe import Train
 from ltnorm.training.loop import fit
 from ltnorm.training.objective import SinglePath
+from ltnorm.training.together import alone
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -191,7 +192,7 @@ def test_training_tells_the_sampler_its_progress():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 50))
     objective = SinglePath(model, losses.build("ce", [1] * 50), torch.zeros(50, dtype=torch.int64))
     with Output(quiet=True).training("", 4) as progress:
-        fit(objective, made, made.train, progress)
+        alone(fit(objective, made, made.train, progress))
     assert told == [0.0, 0.25, 0.5, 0.75]
 
 

@@ -23,6 +23,7 @@ from ltnorm.training.build import (
 from ltnorm.training.loop import fit, step
 from ltnorm.training.objective import SinglePath
 from ltnorm.training.run import run
+from ltnorm.training.together import alone
 
 
 def at(train, epoch):
@@ -290,7 +291,7 @@ def watched(tiny_recipe, tiny_set, monkeypatch):
 
         monkeypatch.setattr(optim.Optimizer, "step", noting)
         with Output(quiet=True).training("", None) as progress:
-            epochs = fit(objective, loader, recipe.train, progress)
+            epochs = alone(fit(objective, loader, recipe.train, progress))
         return epochs, [(*seen, rate) for seen, rate in zip(objective.seen, rates, strict=True)]
 
     return make

@@ -103,6 +103,7 @@ RECIPE_FLAGS = {
     "batch_size": "train.batch_size",
     "lr": "train.lr",
     "precision": "train.precision",
+    "stack_seeds": "train.stack",
     "tag": "tag",
     "device": "device",
     "workers": "workers",

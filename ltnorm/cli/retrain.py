@@ -103,8 +103,8 @@ def command(
             schema.check_out(place)
         for run, recipe, place in zip(runs, recipes, places, strict=True):
             keeping = {"steps": checkpoint_steps, "anew": force}
-            make = partial(_make, run, recipe, root, data_dir, place, keeping, output)
-            planned.append(train.Job(str(run), make))
+            steps = partial(_steps, run, recipe, root, data_dir, place, keeping, output)
+            planned.append(train.Job(str(run), steps))
         train.run_all(planned, done, output)
 
 
@@ -134,7 +134,7 @@ def _recipe(run: Path, flags: dict[str, Any], sets: Sequence[str]) -> Any:
     return recipe
 
 
-def _make(
+def _steps(
     run: Path,
     recipe: Any,
     root: Path,
@@ -143,7 +143,7 @@ def _make(
     keeping: Mapping[str, Any],
     output: Output,
     wait: bool,
-) -> tuple[Path, Any]:
+) -> Any:
     from ltnorm.reporting import schema
     from ltnorm.training import twostage
     from ltnorm.training.resume import Keeping
@@ -153,7 +153,8 @@ def _make(
     how, data = Keeping(**keeping), first.trained.data
     if not how.anew and (result := train.finished(directory, recipe, data, output, run)):
         return directory, result
-    return directory, twostage.run(recipe, first, out, output, keeping=how, wait=wait)
+    made = yield from twostage.steps(recipe, first, out, output, keeping=how, wait=wait)
+    return directory, made
 
 
 def _tree(run: Path) -> Path:

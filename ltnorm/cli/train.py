@@ -1,6 +1,7 @@
 """`ltnorm train`."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -48,6 +49,10 @@ def command(
         list[int] | None, typer.Option("--seed", help="Seed of init and order, may be repeated.")
     ] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", help="Several seeds: 0-4 or 1,3.")] = None,
+    stack_seeds: Annotated[
+        bool | None,
+        typer.Option("--stack-seeds", help="Train the seeds together, step by step, on one GPU."),
+    ] = None,
     recipe: options.Recipe = None,
     model: options.Model = None,
     pretrained: Annotated[
@@ -182,11 +187,13 @@ def interruptible(done: Mapping[Path, Any], planned: Sequence[Any], force: bool)
 class Job:
     """One run to be made: its name, and what makes it, giving its directory and result.
 
-    `make` is told whether to wait for another process that makes the run.
+    `steps` is told whether to wait for another process that makes the run. Jobs that follow each
+    other and have the same `stack` are made together.
     """
 
     name: str
-    make: Callable[[bool], tuple[Path, Any]]
+    steps: Callable[[bool], Any]
+    stack: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +208,7 @@ class Runner:
     output: Output
     pretrained: Path | None = None
 
-    def run(self, recipe: Any, wait: bool) -> tuple[Path, Any]:
+    def steps(self, recipe: Any, wait: bool) -> Any:
         """One run, unless it is finished, and before a second stage the first."""
         from ltnorm.reporting import schema
         from ltnorm.training import distributed, twostage
@@ -220,15 +227,17 @@ class Runner:
             return directory, result
         how = {"keeping": self.keeping, "wait": wait}
         if not first:
-            made = running.run(recipe, self.data, self.out, self.output, self.pretrained, **how)
-            return directory, made
+            shared = (self.data, self.out, self.output, self.pretrained)
+            return directory, (yield from running.steps(recipe, *shared, **how))
         keeping = dataclasses.replace(
             self.keeping, anew=self.keeping.anew and self.keeping.anew_first
         )
-        dataclasses.replace(self, keeping=keeping).run(twostage.first_stage(recipe), wait)
+        first_stage = dataclasses.replace(self, keeping=keeping)
+        yield from first_stage.steps(twostage.first_stage(recipe), wait)
         with distributed.watched():
             start = twostage.load_first(first, self.root, self.data_dir, recipe.device)
-        return directory, twostage.run(recipe, start, self.out, self.output, **how)
+        made = yield from twostage.steps(recipe, start, self.out, self.output, **how)
+        return directory, made
 
 
 def _jobs(
@@ -262,7 +271,14 @@ def _jobs(
         build.build_model(recipe, data.counts, data.image_size, pretrained)
         twostage.check(recipe)
     runner = Runner(data, root, data_dir, out, Keeping(**keeping), output, pretrained)
-    return [Job(label(recipe), partial(runner.run, recipe)) for recipe in recipes]
+    return [
+        Job(
+            label(recipe),
+            partial(runner.steps, recipe),
+            recipe.fingerprint() if recipe.train.stack else None,
+        )
+        for recipe in recipes
+    ]
 
 
 def finished(
@@ -297,23 +313,40 @@ def run_all(jobs: Sequence[Job], done: dict[Path, Any], output: Output) -> None:
     failures: list[LtnormError] = []
     busy: list[Job] = []
     for wait in (False, True):
-        for job in busy if wait else jobs:
-            try:
-                directory, result = job.make(wait)
-                done[directory] = result
-            except RankLost:
+        for job, outcome in _outcomes(busy if wait else jobs, wait):
+            if isinstance(outcome, RankLost):
                 _show(done, output)
-                raise
-            except Busy as error:
+                raise outcome
+            if isinstance(outcome, Busy):
                 busy.append(job)
-                output.note(f"{error.message}: waiting for it after the others")
-            except LtnormError as error:
-                failures.append(error)
-                output.warn(f"{job.name} failed: {error.message}")
+                output.note(f"{outcome.message}: waiting for it after the others")
+            elif isinstance(outcome, LtnormError):
+                failures.append(outcome)
+                output.warn(f"{job.name} failed: {outcome.message}")
+            else:
+                directory, result = outcome
+                done[directory] = result
     _show(done, output)
     if failures:
         more = f" ({len(failures)} of {len(jobs)} runs failed)" if len(jobs) > 1 else ""
         raise LtnormError(failures[0].message + more, failures[0].hint)
+
+
+def _outcomes(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Any]]:
+    """What each job comes to, a directory and a result, or the error why not."""
+    from ltnorm.training.together import alone, together
+
+    # Who waits for a run waits for it alone.
+    for stack, group in itertools.groupby(jobs, lambda job: None if wait else job.stack):
+        if stack is not None:
+            stacked = list(group)
+            yield from zip(stacked, together([j.steps(wait) for j in stacked]), strict=True)
+            continue
+        for job in group:
+            try:
+                yield job, alone(job.steps(wait))
+            except LtnormError as error:
+                yield job, error
 
 
 def _show(done: dict[Path, Any], output: Output) -> None:

@@ -28,7 +28,10 @@ from ltnorm.training.device import memory_format, resolve_device
 # Of each kind so many steps, or as many as fit into so many seconds.
 STEPS, SECONDS = 5, 2.0
 # What of `train` changes how long a step takes.
-TIMED = ("batch_size", "optimizer", "precision", "ema", "clip_grad", "color_jitter", "auto_augment")
+TIMED = (
+    *("batch_size", "optimizer", "precision", "ema", "clip_grad", "color_jitter", "auto_augment"),
+    *("compile", "graph", "deterministic"),
+)
 
 
 @dataclass(frozen=True)

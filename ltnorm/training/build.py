@@ -14,13 +14,24 @@ from ltnorm.data.source import Files, Images
 from ltnorm.errors import UsageError
 from ltnorm.norms import RoutedNorm, norm_layer
 from ltnorm.recipe import Loss, Recipe, Sampler, Train
-from ltnorm.training.device import memory_format, resolve_device, resolve_precision
+from ltnorm.training.device import (
+    check_computing,
+    memory_format,
+    resolve_device,
+    resolve_precision,
+)
 from ltnorm.training.objective import SinglePath
 
 
 def concrete(recipe: Recipe) -> tuple[Recipe, str]:
-    """The recipe with `auto` precision resolved for this machine, and why it was chosen so."""
-    precision, reason = resolve_precision(recipe.train.precision, resolve_device(recipe.device))
+    """The recipe with `auto` precision resolved for this machine, and why it was chosen so.
+
+    Raises:
+        UsageError: the device is not there, or cannot compute as the recipe says.
+    """
+    device = resolve_device(recipe.device)
+    check_computing(recipe.train, device)
+    precision, reason = resolve_precision(recipe.train.precision, device)
     train = recipe.train.model_copy(update={"precision": precision})
     return recipe.model_copy(update={"train": train}), reason
 
@@ -68,6 +79,23 @@ def build_model(
     if pretrained and (loss.cosine_scale or loss.initial_bias is not None):
         tell(f"the classifier does not start as in {pretrained}: {recipe.loss.name} sets it")
     return model
+
+
+def compile_forward(model: nn.Module, batch_size: int) -> None:
+    """Put the forward of whole training batches through torch.compile.
+
+    A batch of another size, or evaluation, would be compiled anew, for longer than it takes. The
+    forwards that are left have all the same shapes and the same autocast: nothing is compiled
+    again.
+    """
+    plain = model.forward
+    compiled = torch.compile(plain, dynamic=False)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        whole = len(x) % batch_size == 0  # twice as many where both paths are one forward
+        return compiled(x) if model.training and whole else plain(x)
+
+    model.forward = forward
 
 
 def start_bias(model: nn.Module, loss: losses.ClassLoss) -> None:

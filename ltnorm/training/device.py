@@ -1,5 +1,6 @@
 """Where to compute and in which precision, and why."""
 
+import os
 import platform
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from ltnorm.errors import UsageError
 from ltnorm.launch import Place, place
 from ltnorm.parallel import world_size
+from ltnorm.recipe import Train
 
 
 def resolve_device(name: str) -> torch.device:
@@ -72,6 +74,38 @@ def _cpu_multiplies_bf16() -> bool:
     # Private in torch, so that a version without them means "no".
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def check_computing(train: Train, device: torch.device) -> None:
+    """Raises UsageError for a way of computing that this device, or this training, cannot have."""
+    if train.graph and device.type != "cuda":
+        raise UsageError(
+            f"train.graph: a step is replayed on NVIDIA's GPUs alone, and this run is on {device}",
+            "leave it out, or choose --device cuda",
+        )
+    if train.graph and (train.mixup or train.cutmix):
+        raise UsageError(
+            "train.graph: the share of mixed images changes from step to step, a graph does not",
+            "leave out train.graph, or train.mixup and train.cutmix",
+        )
+    if place() is None:
+        return
+    for name in ("compile", "graph", "stack"):
+        if getattr(train, name):
+            raise UsageError(
+                f"train.{name}: is for one process, and torchrun started several",
+                f"leave train.{name} out, or torchrun",
+            )
+
+
+def set_computing(train: Train) -> None:
+    """Set how this process computes from now on, as each run does when it starts."""
+    if train.deterministic:  # cuBLAS wants to be told before it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # (To set it imports torch's compiler, which takes two seconds.)
+    if torch.are_deterministic_algorithms_enabled() != train.deterministic:
+        torch.use_deterministic_algorithms(train.deterministic)
+    torch.backends.cudnn.benchmark = not train.deterministic
 
 
 def memory_format(device: torch.device, precision: str) -> torch.memory_format:

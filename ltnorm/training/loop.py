@@ -1,8 +1,10 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,38 @@ from ltnorm.training import distributed, optim
 from ltnorm.training.objective import SinglePath
 from ltnorm.training.position import Epoch, Position
 from ltnorm.training.resume import Keeper
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Update:
+    """A step that a training is to make: one update of the weights by a batch."""
+
+    objective: SinglePath
+    optimizer: optim.Optimizer
+    batch: Batch
+    train: Train
+
+    def make(self) -> Tensor:
+        """Make it. Returns the loss, which is still on the device."""
+        return step(self.objective, self.optimizer, self.batch, self.train)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What has become of an update: the loss, on the device.
+
+    `share` is the part of the time that is this training's: of several that are made together
+    (see `training.together`) each has an equal one.
+    """
+
+    loss: Tensor
+    share: float = 1.0
+
+
+# A training that gives its steps away, see `training.together`.
+Steps = Generator[Update, Made, T]
 
 
 def diverged(epoch: int, step: int, loss: float, train: Train) -> LtnormError:
@@ -73,8 +107,8 @@ def fit(
     measure: Callable[[int], float | None] = lambda epoch: None,
     keeper: Keeper | None = None,
     on_epoch: Callable[[Epoch], None] = lambda row: None,
-) -> list[Epoch]:
-    """Train `objective` until the budget is spent.
+) -> Steps[list[Epoch]]:
+    """Train `objective` until the budget is spent; `together.alone` makes its steps.
 
     With a budget of epochs the learning rate and the class weights change between epochs, as in
     LDAM-DRW; with one of steps or seconds, at every step. The sampler changes between epochs.
@@ -102,7 +136,9 @@ def fit(
     with keeper.training(objective, optimizer, average) as at:
         while _part_done(train, at) < 1:
             epoch = len(at.epochs) + 1
-            mean = _epoch(objective, optimizer, loader, train, progress, average, keeper, at)
+            mean = yield from _epoch(
+                objective, optimizer, loader, train, progress, average, keeper, at
+            )
             speed = at.images / at.seconds
             done = len(at.losses), at.images, at.seconds
             accuracy = distributed.from_first(partial(measure, epoch))
@@ -126,7 +162,7 @@ def _epoch(
     average: optim.Average | None,
     keeper: Keeper,
     at: Position,
-) -> float:
+) -> Steps[float]:
     """The rest of an epoch, or of the budget; moves `at` and returns the mean loss."""
     epoch, before, spent = len(at.epochs) + 1, at.steps - len(at.losses), at.spent - at.seconds
     objective.train()
@@ -134,11 +170,13 @@ def _epoch(
     objective.set_progress(done)
     batches = loader.epoch(epoch, done, first=len(at.losses))
     done = _part_done(train, at)
-    start = time.perf_counter() - at.seconds
+    last, share = time.perf_counter(), 1.0
 
     def now() -> tuple[float, bool, bool]:
         """The seconds of this epoch; whether people are to hear of it, and it is to be kept."""
-        return time.perf_counter() - start, progress.due(), keeper.due(at)
+        nonlocal last
+        since, last = last, time.perf_counter()
+        return at.seconds + share * (last - since), progress.due(), keeper.due(at)
 
     def check(first: int) -> float:
         """Of the losses from the `first`."""
@@ -149,7 +187,9 @@ def _epoch(
         if not train.epochs:
             objective.set_progress(done)
         distributed.draw_apart(loader.seed, epoch, 4, len(at.losses))
-        at.losses.append(step(objective, optimizer, batch, train))
+        made = yield Update(objective, optimizer, batch, train)
+        at.losses.append(made.loss)
+        share = made.share
         if average:
             average.update(objective.model)
         at.images += len(batch.labels)
@@ -163,9 +203,9 @@ def _epoch(
             break
         if kept:
             check(0)
-            at.seconds = time.perf_counter() - start
+            at.seconds, *_ = distributed.clock(now)
             keeper.keep(at)
-            start = time.perf_counter() - at.seconds
+            last = time.perf_counter()
     mean = check(0)
     at.seconds, *_ = distributed.clock(now)
     return mean

@@ -84,6 +84,20 @@ class Optimizer:
             ([p for p in self.parameters if p in spared], 0.0),
         ]
         self.state: dict[nn.Parameter, tuple[Tensor | None, ...]] = {}
+        self._rate: Tensor | None = None
+
+    def rate_on_device(self) -> None:
+        """Have the learning rate where the weights are, for steps that a graph repeats."""
+        if self._rate is None:
+            self._rate = torch.zeros((), device=self.parameters[0].device)
+            state, self.state = self.state_dict(), {}
+            self.load_state_dict(state)  # what it counts is there, too
+        self._rate.fill_(self.lr)
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        """The learning rate for torch's functions: a number, or a tensor that kernels read."""
+        return {"lr": self.lr} if self._rate is None else {"lr": self._rate, "fused": True}
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -126,7 +140,7 @@ class SGD(Optimizer):
             parameters,
             gradients,
             buffers,
-            lr=self.lr,
+            **self._where,
             momentum=self.train.momentum,
             nesterov=self.train.nesterov,
             weight_decay=decay,
@@ -142,7 +156,8 @@ class AdamW(Optimizer):
     def _update(self, parameters: list[Tensor], gradients: list[Tensor], decay: float) -> None:
         for p in parameters:
             if p not in self.state:
-                self.state[p] = torch.zeros_like(p), torch.zeros_like(p), torch.tensor(0.0)
+                start = torch.zeros_like(p), torch.zeros_like(p), torch.tensor(0.0)
+                self.state[p] = tuple(self._placed(i, value, p) for i, value in enumerate(start))
         means, squares, steps = zip(*(self.state[p] for p in parameters), strict=True)
         beta1, beta2 = self.train.betas
         adamw(
@@ -155,14 +170,17 @@ class AdamW(Optimizer):
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=self.lr,
+            **self._where,
+            capturable=self._rate is not None,
             weight_decay=decay,
             eps=1e-8,
             maximize=False,
         )
 
     def _placed(self, i: int, value: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
-        return value if i == 2 else super()._placed(i, value, parameter)  # steps: on the CPU
+        if i == 2 and self._rate is None:  # steps: on the CPU
+            return value.cpu()
+        return super()._placed(i, value, parameter)
 
 
 def build(

@@ -12,6 +12,7 @@ import hashlib
 import io
 import random
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,13 +34,16 @@ from ltnorm.training.stop import Stop, deferred
 
 FORMAT = 1
 KEPT = 2
+# After an epoch a state is kept unless the last one took more than a part in so many of the time
+# since: epochs of a small network on a GPU are shorter than writing what they have come to.
+EACH = 20
 PROCESSES = "number of processes"
 NAME = re.compile(r"resume-(\d+)-(\d+)-([0-9a-f]{16})\.pt")
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """How a training is kept: after each epoch, and after so many steps if it is given.
+    """How a training is kept: after epochs (see `EACH`), and after so many steps if it is given.
 
     `anew` forgets what was kept, and repeats what is finished; so it does with the first of two
     stages unless `anew_first` is off.
@@ -109,6 +113,7 @@ class FileKeeper(Keeper):
         self._place: tuple[int, int] | None = None
         self._files: list[Path] = []  # that this training can go back to, the last one last
         self._failed = False
+        self._next = 0.0  # the time from which another state is worth what it takes
 
     @contextmanager
     def training(
@@ -128,8 +133,11 @@ class FileKeeper(Keeper):
 
     def keep(self, at: Position) -> None:
         """Keep a position; this is where a training ends that was told to."""
-        if parallel.rank() == 0:
+        if parallel.rank() == 0 and (self.due(at) or time.monotonic() >= self._next):
+            start = time.monotonic()
             self._save(at)
+            now = time.monotonic()
+            self._next = now + EACH * (now - start)
         # (Other ranks may have heard of it before.)
         if distributed.from_first(lambda: self._stop.asked):
             self._stop.deliver()
@@ -169,7 +177,7 @@ class FileKeeper(Keeper):
                 "lr": at.lr,
             },
             "parts": self._parts.state(),
-            "random": _random_state(),
+            "random": random_state(),
         }
 
     def _restored(self) -> Position | None:
@@ -180,7 +188,7 @@ class FileKeeper(Keeper):
             return None
         self._parts.restore(state["parts"])
         if parallel.rank() == 0:  # the others draw anew at each step
-            _set_random_state(state["random"])
+            set_random_state(state["random"])
         before = [tuple(machine) for machine in state["machines"]]
         self.machines = list(dict.fromkeys([*before, *self.machines]))
         known = state["position"]
@@ -321,8 +329,8 @@ class _Parts:
             self.average.load_state_dict(state["average"])
 
 
-def _random_state() -> dict[str, Any]:
-    """Of all generators that a model or a loss may draw from."""
+def random_state() -> dict[str, Any]:
+    """The state of all global generators, from which a model or a loss may draw."""
     kind, numbers, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
@@ -333,7 +341,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set all generators to what `random_state` gave."""
     torch.set_rng_state(state["torch"])
     with suppress(RuntimeError):  # another number of devices: then it is another machine
         if state["cuda"]:

@@ -27,12 +27,13 @@ from ltnorm.recipe import Recipe, Train
 from ltnorm.reporting import schema
 from ltnorm.reporting.state import under_way
 from ltnorm.training import checkpoint, distributed, optim
-from ltnorm.training.build import build_loader, build_model, build_objective
-from ltnorm.training.device import describe, resolve_device
+from ltnorm.training.build import build_loader, build_model, build_objective, compile_forward
+from ltnorm.training.device import describe, resolve_device, set_computing
 from ltnorm.training.log import Log, logged
-from ltnorm.training.loop import fit
+from ltnorm.training.loop import Steps, fit
 from ltnorm.training.position import Epoch
 from ltnorm.training.resume import KEEPING, FileKeeper, Keeper, Keeping, forget
+from ltnorm.training.together import alone
 
 THEN = ", then "  # between the devices that a run was made on
 
@@ -181,13 +182,28 @@ def run(
         Busy: another process is making the run.
         LtnormError: the run failed: the loss diverged, or its files could not be written.
     """
+    return alone(steps(recipe, data, out, output, pretrained, keeping=keeping, wait=wait))
+
+
+def steps(
+    recipe: Recipe,
+    data: PreparedSet,
+    out: Path,
+    output: Output,
+    pretrained: Path | None = None,
+    *,
+    keeping: Keeping = KEEPING,
+    wait: bool = False,
+) -> Steps[schema.Result]:
+    """As `run`, for the steps of its training to be made elsewhere (see `training.together`)."""
     with first_making(recipe, out, output, wait) as (directory, output):
         if made := made_since(directory, recipe, data, keeping):
             return made
         device = resolve_device(recipe.device)
+        set_computing(recipe.train)
         keeper = keeper_of(directory, recipe, data, device, keeping, output)
         with logged(directory, output) as log:
-            done = _train(recipe, data, device, output, pretrained, keeper, log)
+            done = yield from _train(recipe, data, device, output, pretrained, keeper, log)
             result = finish_on_first(directory, recipe, data, done, device)
             log.result(result, len(done.epochs))
         return result
@@ -283,6 +299,14 @@ def explained(recipe: Recipe, out: Path) -> Iterator[None]:
         raise LtnormError(
             f"out of memory on {recipe.device}", "try a smaller --batch-size or --model"
         ) from error
+    except RuntimeError as error:
+        if not (recipe.train.compile and "torch._dynamo" in type(error).__module__):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise LtnormError(
+            f"torch.compile failed: {reason}",
+            "leave out train.compile; it needs a C++ compiler on the CPU, Triton on a GPU",
+        ) from error
 
 
 def _train(
@@ -293,16 +317,18 @@ def _train(
     pretrained: Path | None,
     keeper: Keeper,
     log: Log,
-) -> Training:
+) -> Steps[Training]:
     train = recipe.train
     loader = build_loader(recipe, data, data.open("train"), device)
     model = build_model(recipe, data.counts, data.image_size, pretrained, output.note)
     objective = build_objective(recipe, model, data.counts)
     objective.to(device=device, memory_format=loader.memory_format)
     average = optim.Average(model, train.ema) if train.ema else None
+    if train.compile:
+        compile_forward(model, train.batch_size)
     measured = average.model if average else model
     with output.training(label(recipe), expected_epochs(train, len(loader))) as progress:
-        epochs = fit(
+        epochs = yield from fit(
             objective,
             loader,
             train,

@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """A signal that waits; `asked` is whether there is one."""
+    """A signal that waits."""
 
     def __init__(self) -> None:
         self._number: int | None = None
@@ -42,13 +42,45 @@ class Stop:
         self.deliver()
 
 
+class Within(Stop):
+    """The signal that another `Stop` has, who delivers it."""
+
+    def __init__(self, outer: Stop) -> None:
+        super().__init__()
+        self._outer = outer
+
+    @property
+    def asked(self) -> bool:
+        """Whether the training is to end."""
+        return self._outer.asked
+
+    def deliver(self) -> None:
+        """Left to the outer one."""
+
+
+_outer: Stop | None = None
+
+
 @contextmanager
 def deferred() -> Iterator[Stop]:
     """Inside, Ctrl-C and SIGTERM wait for `Stop.deliver`, for GRACE seconds, or for the end.
 
     Only where they have handlers in Python, which raise; what they ignore or what ends the
-    process stays so.
+    process stays so. Inside another `deferred` they wait for that one.
     """
+    global _outer
+    if _outer:
+        yield Within(_outer)
+        return
+    with _waiting() as _outer:
+        try:
+            yield _outer
+        finally:
+            _outer = None
+
+
+@contextmanager
+def _waiting() -> Iterator[Stop]:
     stop = Stop()
     main = threading.current_thread() is threading.main_thread()
     if not main or not hasattr(signal, "setitimer"):

@@ -23,8 +23,9 @@ from ltnorm.recipe import Recipe, Train
 from ltnorm.reporting import schema
 from ltnorm.training import checkpoint
 from ltnorm.training.build import build_loader, build_loss, build_objective, start_bias
+from ltnorm.training.device import set_computing
 from ltnorm.training.log import Log, logged
-from ltnorm.training.loop import fit
+from ltnorm.training.loop import Steps, fit
 from ltnorm.training.objective import SinglePath
 from ltnorm.training.resume import KEEPING, Keeper, Keeping
 from ltnorm.training.run import (
@@ -42,6 +43,7 @@ from ltnorm.training.run import (
     measuring,
     norm_parameters,
 )
+from ltnorm.training.together import alone
 
 
 def first_stage(recipe: Recipe) -> Recipe:
@@ -132,6 +134,19 @@ def run(
         Busy: another process is making the run.
         LtnormError: the run failed: the loss diverged, or its files could not be written.
     """
+    return alone(steps(recipe, first, out, output, keeping=keeping, wait=wait))
+
+
+def steps(
+    recipe: Recipe,
+    first: FirstStage,
+    out: Path,
+    output: Output,
+    *,
+    keeping: Keeping = KEEPING,
+    wait: bool = False,
+) -> Steps[schema.Result]:
+    """As `run`, for the steps of its training to be made elsewhere (see `training.together`)."""
     assert recipe.retrain
     trained, before = first.trained, first.result
     check(recipe)
@@ -139,10 +154,12 @@ def run(
     with first_making(recipe, out, output, wait) as (directory, output):
         if made := made_since(directory, recipe, data, keeping, first.sha256):
             return made
+        set_computing(recipe.train)
         with logged(directory, output) as log:
             if recipe.retrain.trains:
                 keeper = keeper_of(directory, recipe, data, device, keeping, output, first.sha256)
-                done = _retrained(recipe, trained.model, data, device, output, keeper, log)
+                model = trained.model
+                done = yield from _retrained(recipe, model, data, device, output, keeper, log)
             else:
                 done = _computed(recipe, trained.model, data, device)
             cost = Cost(**{f.name: getattr(before, f.name) for f in fields(Cost)}) + done.cost
@@ -188,7 +205,7 @@ def _retrained(
     output: Output,
     keeper: Keeper,
     log: Log,
-) -> Training:
+) -> Steps[Training]:
     """crt and lws: the classifier trained with the sampler and the loss of the second stage."""
     assert recipe.retrain
     train = settings(recipe)
@@ -198,7 +215,7 @@ def _retrained(
     scale = _open(objective, recipe)
     objective.to(device=device, memory_format=loader.memory_format)
     with output.training(label(recipe), train.epochs) as progress:
-        epochs = fit(
+        epochs = yield from fit(
             objective,
             loader,
             train,
@@ -225,7 +242,7 @@ def settings(recipe: Recipe) -> Train:
     """
     assert recipe.retrain
     first, defaults = recipe.train, Train()
-    kept = ("batch_size", "weight_decay", "decay_norm", "precision")
+    kept = ("batch_size", "weight_decay", "decay_norm", "precision", "graph", "deterministic")
     kept += ("crop", "crop_padding", "crop_scale", "flip", "color_jitter")
     kept += ("cutout", "auto_augment")
     kept += ("momentum", "nesterov") if first.optimizer != "adamw" else ()
