@@ -23,7 +23,7 @@ from ltnorm.data.longtail import long_tail_counts
 from ltnorm.errors import LtnormError
 from ltnorm.recipe import Recipe
 from ltnorm.training import loop, optim
-from ltnorm.training.build import build_model, build_objective
+from ltnorm.training.build import build_model, build_objective, compiled
 from ltnorm.training.device import memory_format, resolve_device
 from ltnorm.training.graph import Graphs
 
@@ -154,7 +154,7 @@ class Subject:
         self.objective.to(device=device, memory_format=layout)
         self.optimizer = optim.build(recipe.train, self.objective.parameters())
         if variant.compiled or recipe.train.compile:
-            self.model.compile()
+            self.model.forward = compiled(self.model.forward)
         images, labels = random_batch(batch)
         images = images.to(device).contiguous(memory_format=layout)
         batch = augment.Batch(images, labels.to(device))

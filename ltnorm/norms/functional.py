@@ -316,8 +316,13 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        backward = partial(_backward, grad, *ctx.saved_tensors, eps=ctx.eps, sync=ctx.sync)
+        # Not in any case: in a compiled graph, whose backward has no autocast (see
+        # `training.build.compiled`), switching it off is an error of torch's.
+        if not torch.is_autocast_enabled(grad.device.type):
+            return backward()
         with torch.autocast(grad.device.type, enabled=False):
-            return _backward(grad, *ctx.saved_tensors, eps=ctx.eps, sync=ctx.sync)
+            return backward()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:

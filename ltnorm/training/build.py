@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ltnorm import losses, models, parallel, registry
 from ltnorm.data import class_groups, sampling
@@ -81,7 +81,15 @@ def build_model(
     return model
 
 
-def compile_forward(model: nn.Module, batch_size: int) -> None:
+def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A forward through torch.compile, its backward outside of autocast as that of any step."""
+    import torch._functorch.config
+
+    torch._functorch.config.backward_pass_autocast = "off"
+    return torch.compile(forward, dynamic=False)
+
+
+def compile_training(model: nn.Module, batch_size: int) -> None:
     """Put the forward of whole training batches through torch.compile.
 
     A batch of another size, or evaluation, would be compiled anew, for longer than it takes. The
@@ -89,11 +97,11 @@ def compile_forward(model: nn.Module, batch_size: int) -> None:
     again.
     """
     plain = model.forward
-    compiled = torch.compile(plain, dynamic=False)
+    fast = compiled(plain)
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(x: Tensor) -> Tensor:
         whole = len(x) % batch_size == 0  # twice as many where both paths are one forward
-        return compiled(x) if model.training and whole else plain(x)
+        return fast(x) if model.training and whole else plain(x)
 
     model.forward = forward
 

@@ -105,7 +105,6 @@ def set_computing(train: Train) -> None:
     # (To set it imports torch's compiler, which takes two seconds.)
     if torch.are_deterministic_algorithms_enabled() != train.deterministic:
         torch.use_deterministic_algorithms(train.deterministic)
-    torch.backends.cudnn.benchmark = not train.deterministic
 
 
 def memory_format(device: torch.device, precision: str) -> torch.memory_format:

@@ -27,7 +27,7 @@ from ltnorm.recipe import Recipe, Train
 from ltnorm.reporting import schema
 from ltnorm.reporting.state import under_way
 from ltnorm.training import checkpoint, distributed, optim
-from ltnorm.training.build import build_loader, build_model, build_objective, compile_forward
+from ltnorm.training.build import build_loader, build_model, build_objective, compile_training
 from ltnorm.training.device import describe, resolve_device, set_computing
 from ltnorm.training.log import Log, logged
 from ltnorm.training.loop import Steps, fit
@@ -325,7 +325,7 @@ def _train(
     objective.to(device=device, memory_format=loader.memory_format)
     average = optim.Average(model, train.ema) if train.ema else None
     if train.compile:
-        compile_forward(model, train.batch_size)
+        compile_training(model, train.batch_size)
     measured = average.model if average else model
     with output.training(label(recipe), expected_epochs(train, len(loader))) as progress:
         epochs = yield from fit(
