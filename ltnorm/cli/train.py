@@ -253,6 +253,7 @@ def _jobs(
     from ltnorm.data.making import Making
     from ltnorm.data.prepare import prepare
     from ltnorm.training import build, distributed, twostage
+    from ltnorm.training.device import resolve_device
     from ltnorm.training.resume import Keeping
     from ltnorm.training.run import label
 
@@ -261,6 +262,8 @@ def _jobs(
     output.note(f"precision {first.train.precision}: {reason}")
     for warning in build.doubts(first.train):
         output.warn(warning)
+    if first.train.stack and resolve_device(first.device).type == "cpu":
+        output.note("together seeds take as long as one after another on a CPU, see --jobs")
     making = Making(workers=first.workers or None, tell=output.note, counting=output.counting)
     data = distributed.by_all(lambda: prepare(first.dataset, root, data_dir, making))
     distributed.check_same(data.index_sha256, f"the images of {data.path}")

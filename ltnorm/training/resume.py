@@ -177,7 +177,7 @@ class FileKeeper(Keeper):
                 "lr": at.lr,
             },
             "parts": self._parts.state(),
-            "random": random_state(),
+            "random": _random_state(),
         }
 
     def _restored(self) -> Position | None:
@@ -188,7 +188,7 @@ class FileKeeper(Keeper):
             return None
         self._parts.restore(state["parts"])
         if parallel.rank() == 0:  # the others draw anew at each step
-            set_random_state(state["random"])
+            _set_random_state(state["random"])
         before = [tuple(machine) for machine in state["machines"]]
         self.machines = list(dict.fromkeys([*before, *self.machines]))
         known = state["position"]
@@ -329,7 +329,7 @@ class _Parts:
             self.average.load_state_dict(state["average"])
 
 
-def random_state() -> dict[str, Any]:
+def _random_state() -> dict[str, Any]:
     """The state of all global generators, from which a model or a loss may draw."""
     kind, numbers, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -341,8 +341,7 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Set all generators to what `random_state` gave."""
+def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     with suppress(RuntimeError):  # another number of devices: then it is another machine
         if state["cuda"]:

@@ -8,14 +8,14 @@ batches and random numbers, so that its result is that of training it alone.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from ltnorm.errors import LtnormError
 from ltnorm.training.graph import Graphs
 from ltnorm.training.loop import Made, Steps, Update
-from ltnorm.training.resume import random_state, set_random_state
 from ltnorm.training.stop import deferred
 
 T = TypeVar("T")
@@ -41,22 +41,23 @@ def alone(steps: Steps[T]) -> T:
 class _Lane(Generic[T]):
     """One of the trainings: the step that it waits for, or what has become of it.
 
-    What draws from the global generators, as dropout does, goes on where this training left them.
+    What draws from torch's global generators, as dropout does, goes on where this training left
+    them.
     """
 
     steps: Steps[T]
     update: Update | None = None
     outcome: T | LtnormError | None = None
-    random: dict[str, Any] | None = None
+    random: list[Tensor] | None = None
 
     @contextmanager
     def own_numbers(self) -> Iterator[None]:
         if self.random is not None:
-            set_random_state(self.random)
+            _set_generators(self.random)
         try:
             yield
         finally:
-            self.random = random_state()
+            self.random = _generators()
 
     def make(self) -> Tensor:
         with self.own_numbers():
@@ -123,3 +124,16 @@ def _round(lanes: Sequence[_Lane], graphs: Graphs) -> None:
             lane.fail(error)
         else:
             lane.go_on(Made(loss, share))
+
+
+def _generators() -> list[Tensor]:
+    """Where torch's global generators are: that of the CPU, and of the GPU that is in use."""
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _set_generators(states: list[Tensor]) -> None:
+    cpu, *cuda = states
+    torch.set_rng_state(cpu)
+    for state in cuda:
+        torch.cuda.set_rng_state(state)
