@@ -1,5 +1,6 @@
 """Batches of images on the device: augmented ones of a training set, and a split in order."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -21,12 +22,19 @@ RESIDENT_CPU, RESIDENT = 2 << 30, 4 << 30
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in channels_last, (x / 255 - mean) / std."""
-    # A row of pixels long, because broadcasting over lines of three numbers is four times slower.
-    mean_, std_ = (
-        torch.tensor(v, device=images.device).mul(255).repeat(images.shape[2], 1)
-        for v in (mean, std)
-    )
+    mean_, std_ = (_row(tuple(v), images.shape[2], images.device) for v in (mean, std))
     return images.to(torch.float32).sub_(mean_).div_(std_).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=16)
+def _row(values: tuple[float, ...], width: int, device: torch.device) -> Tensor:
+    """255 times what each channel has, for a row of pixels: [width, 3].
+
+    So long, because broadcasting over lines of three numbers is four times slower; and kept,
+    because a copy to a GPU would wait for all that it has to do.
+    """
+    with torch.inference_mode(False):  # for training, whoever asks first
+        return torch.tensor(values, device=device).mul(255).repeat(width, 1)
 
 
 def crops(
