@@ -7,7 +7,7 @@ anything: the variants take turns, round by round.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -108,11 +108,11 @@ def measure(
         LtnormError: out of memory, or a step that fails.
     """
     device = resolve_device(variants[0].recipe.device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), _compiler(variants):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), room(variants):
         subjects: dict[str, Subject] = {}
         for variant in variants:
             tell(f"warming up {variant.label}")
-            with _explained(variant, batch):
+            with explained(variant, batch):
                 subjects[variant.label] = subject = Subject(variant, batch, device)
                 for _ in range(WARM_UP):
                     subject.train()
@@ -120,7 +120,7 @@ def measure(
         tell(f"timing training steps, {rounds} rounds")
         train = take_turns({k: s.train for k, s in subjects.items()}, rounds)
         for variant in variants:
-            with _explained(variant, batch):
+            with explained(variant, batch):
                 for _ in range(WARM_UP):
                     subjects[variant.label].evaluate()
         tell(f"timing evaluation, {rounds} rounds")
@@ -129,8 +129,8 @@ def measure(
 
 
 @contextmanager
-def _compiler(variants: Sequence[Variant]) -> Iterator[None]:
-    """Room for all variants: they share the model's code, and beyond a limit it runs as it is."""
+def room(variants: Sequence[Variant]) -> Iterator[None]:
+    """Room to compile all variants: they share code, which runs as it is beyond a limit."""
     compiled = sum(v.compiled or v.recipe.train.compile for v in variants)
     if not compiled:  # importing the compiler takes longer than a measurement
         yield
@@ -168,7 +168,7 @@ class Subject:
             self.graphs.make([self.update])
         else:
             self.update.make()
-        self._wait()
+        wait(self.device)
 
     @torch.inference_mode()
     def evaluate(self) -> None:
@@ -176,7 +176,7 @@ class Subject:
         self._switch(training=False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             self.model(self.update.batch.images)
-        self._wait()
+        wait(self.device)
 
     def measure_memory(self) -> None:
         """One more step, under observation, which costs time: gradients start from nothing."""
@@ -187,11 +187,6 @@ class Subject:
         if self.objective.training != training:  # walking the modules takes time
             self.objective.train(training)
 
-    def _wait(self) -> None:
-        """Until the device has done what it was told."""
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
-
 
 def random_batch(batch: Batch) -> tuple[Tensor, Tensor]:
     """Noise [N, 3, S, S], and labels int64 [N] drawn from the long tail."""
@@ -200,18 +195,27 @@ def random_batch(batch: Batch) -> tuple[Tensor, Tensor]:
     return images, torch.multinomial(shares, batch.images, replacement=True)
 
 
-def take_turns(actions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """The seconds of each action in each round.
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was told."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
-    Every other round goes backwards, so that none always follows the same one.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
+
+def in_turns(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """Each name once a round; every other round goes backwards, so that none always follows the
+    same one."""
+    order = list(names)
     for i in range(rounds):
-        order = list(actions)
-        for name in order[::-1] if i % 2 else order:
-            start = time.perf_counter()
-            actions[name]()
-            seconds[name].append(time.perf_counter() - start)
+        yield from order[::-1] if i % 2 else order
+
+
+def take_turns(actions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each action in each round; see `in_turns`."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for name in in_turns(actions, rounds):
+        start = time.perf_counter()
+        actions[name]()
+        seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
@@ -249,7 +253,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
 
 
 @contextmanager
-def _explained(variant: Variant, batch: Batch) -> Iterator[None]:
+def explained(variant: Variant, batch: Batch) -> Iterator[None]:
     """What torch raises inside as an expected failure: too much memory, or not compilable."""
     try:
         yield
