@@ -96,7 +96,7 @@ def by_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _write_by_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def write_by_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """As `by_parts`, with a result like the first tensor: each part is rounded as it is written."""
     parts = _in_parts(*tensors)
     if len(parts) == 1:
@@ -297,7 +297,7 @@ class _Normalize(torch.autograd.Function):
         scale, offset = as_affine(mean + shift, var, weight, bias, eps)
         if r is not None and r.dim() == 3:
             # Never a view: an activation may write into what this returns.
-            return _write_by_parts(
+            return write_by_parts(
                 lambda x, r: torch.addcmul(
                     spread(r, offset, x), x.to(scale.dtype), spread(r, scale, x)
                 ),
@@ -307,7 +307,7 @@ class _Normalize(torch.autograd.Function):
         if x.dtype == scale.dtype:
             return affine_map(x, r, scale, offset)
         tensors = (x,) if r is None else (x, r)
-        return _write_by_parts(lambda x, r=None: affine_map(x, r, scale, offset), *tensors)
+        return write_by_parts(lambda x, r=None: affine_map(x, r, scale, offset), *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -384,5 +384,5 @@ def _backward(
         return through.addcmul_(g.to(dtype), spread(r, scale, x))
 
     tensors = (x, grad) if r is None else (x, grad, r, q)
-    write = dx if x.dtype == dtype else partial(_write_by_parts, dx)
+    write = dx if x.dtype == dtype else partial(write_by_parts, dx)
     return (write(*tensors), None, None, None, None, *own, None, None, None)
