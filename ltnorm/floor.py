@@ -30,7 +30,7 @@ from ltnorm.training.device import memory_format
 PRODUCT = {"cpu": 2048}
 STREAM = {"cpu": 256 << 20}
 PRODUCT_GPU, STREAM_GPU = 8192, 2 << 30
-REPEATS = 10
+REPEATS = 5
 PARAMETER_ACCESSES = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = 3  # convolutions that are timed
