@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -201,3 +202,22 @@ def test_compiled_training_in_bf16_has_the_same_gradients(assign, monkeypatch):
         # Its products are not those of autocast: to the bit.
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+
+
+
+def test_many_norms_of_an_image_at_once():
+    """In channels_last, where their gradient is not torch's."""
+    torch.manual_seed(0)
+    layer = norm_layer("gn")(8).double()
+    x = torch.randn(2, 8, 3, 2, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    weights = torch.randn(2, 8, dtype=torch.float64)
+
+    def loss(weight, x):
+        return torch.func.functional_call(layer, {"weight": weight}, x).sin().sum()
+
+    def expected(weight, x):
+        return F.group_norm(x, layer.num_groups, weight, layer.bias, layer.eps).sin().sum()
+
+    wanted = [torch.func.grad(expected, (0, 1))(weight, x) for weight in weights]
+    mapped = torch.vmap(torch.func.grad(loss, (0, 1)), in_dims=(0, None))(weights, x)
+    torch.testing.assert_close(mapped, tuple(map(torch.stack, zip(*wanted, strict=True))))

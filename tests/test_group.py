@@ -55,20 +55,6 @@ def test_first_and_second_derivatives(kind):
     assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
 
 
-def test_many_layers_at_once():
-    layer, x = layer_and_input("gn")
-    weights = torch.randn(2, CHANNELS, dtype=torch.float64)
-
-    def loss(weight, x):
-        return torch.func.functional_call(layer, {"weight": weight}, x).sin().sum()
-
-    def expected(weight):
-        return by_torch(layer, x, weight, layer.bias).sin().sum()
-
-    mapped = torch.vmap(torch.func.grad(loss), in_dims=(0, None))(weights, x)
-    torch.testing.assert_close(mapped, torch.stack([torch.func.grad(expected)(w) for w in weights]))
-
-
 def test_an_image_does_not_depend_on_the_others():
     layer, x = layer_and_input("gn", torch.float32)
     torch.testing.assert_close(layer(x)[1:2], layer(x[1:2]), rtol=1e-6, atol=1e-6)
