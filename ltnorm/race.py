@@ -193,8 +193,10 @@ def measure(
         }
         tell(f"timing turns of {steps} steps, {rounds} rounds")
         seconds: dict[str, list[float]] = {label: [] for label in entrants}
+        labelled = {variant.label: variant for variant in (peers, *variants)}
         for label in bench.in_turns(entrants, rounds):
-            seconds[label].append(turn(entrants[label], steps, device) / steps)
+            with bench.explained(labelled[label], batch):  # a worker may be killed
+                seconds[label].append(turn(entrants[label], steps, device) / steps)
     work = count(model, batch.image_size)
     rows = []
     for variant in (peers, *variants):
