@@ -157,25 +157,27 @@ class Subject:
             self.model.forward = compiled(self.model.forward)
         images, labels = random_batch(batch)
         images = images.to(device).contiguous(memory_format=layout)
-        batch = augment.Batch(images, labels.to(device))
-        self.update = loop.Update(self.objective, self.optimizer, batch, recipe.train)
-        self.graphs = Graphs()
+        self.batch = augment.Batch(images, labels.to(device))
+        self._graphs = Graphs()
 
     def train(self) -> None:
         """One training step, from the batch on the device to the new weights."""
         self._switch(training=True)
-        if self.update.train.graph:
-            self.graphs.make([self.update])
-        else:
-            self.update.make()
+        self.step(self.batch)
         wait(self.device)
+
+    def step(self, batch: augment.Batch) -> Tensor:
+        """One update of the weights, its loss; nothing waits for the device."""
+        train = self.variant.recipe.train
+        update = loop.Update(self.objective, self.optimizer, batch, train)
+        return self._graphs.make([update])[0] if train.graph else update.make()
 
     @torch.inference_mode()
     def evaluate(self) -> None:
         """One forward in evaluation mode, in the precision of training."""
         self._switch(training=False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            self.model(self.update.batch.images)
+            self.model(self.batch.images)
         wait(self.device)
 
     def measure_memory(self) -> None:
@@ -278,7 +280,7 @@ def _row(
     evaluation: Mapping[str, Sequence[float]],
 ) -> Row:
     subject = subjects[label]
-    variant, images = subject.variant, len(subject.update.batch.labels)
+    variant, images = subject.variant, len(subject.batch.labels)
     against = variant.against
     columns: dict[str, float] = {}
     for what, seconds in (("train", train), ("eval", evaluation)):

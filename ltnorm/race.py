@@ -22,7 +22,6 @@ from ltnorm.data.source import Pixels
 from ltnorm.floor import Floor, Rates, count, floor, measured_rates
 from ltnorm.peer import CIFAR_MEAN, CIFAR_STD, Peer, default_workers
 from ltnorm.recipe import Recipe
-from ltnorm.training import loop
 from ltnorm.training.device import memory_format, resolve_device
 from ltnorm.validation import validate
 
@@ -60,17 +59,17 @@ class Ours:
     def __init__(
         self, variant: Variant, batch: Batch, pixels: Pixels, device: torch.device
     ) -> None:
-        subject = bench.Subject(variant, batch, device)
-        self.objective, self.optimizer = subject.objective.train(), subject.optimizer
-        self.passes, self.train = subject.objective.cost, variant.recipe.train
+        self.subject, train = bench.Subject(variant, batch, device), variant.recipe.train
+        self.subject.objective.train()
+        self.passes = self.subject.objective.cost
         self.loader = Loader(
             pixels,
             mean=CIFAR_MEAN,
             std=CIFAR_STD,
-            train=self.train,
+            train=train,
             seed=variant.recipe.seed,
             device=device,
-            memory_format=memory_format(device, self.train.precision),
+            memory_format=memory_format(device, train.precision),
         )
 
     def batches(self) -> Iterator[augment.Batch]:
@@ -79,7 +78,7 @@ class Ours:
 
     def step(self, batch: augment.Batch) -> Tensor:
         """One update; nothing waits for its loss."""
-        return loop.step(self.objective, self.optimizer, batch, self.train)
+        return self.subject.step(batch)
 
 
 @dataclass(frozen=True)

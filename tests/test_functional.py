@@ -204,7 +204,6 @@ def test_compiled_training_in_bf16_has_the_same_gradients(assign, monkeypatch):
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-6)
 
 
-
 def test_many_norms_of_an_image_at_once():
     """In channels_last, where their gradient is not torch's."""
     torch.manual_seed(0)

@@ -28,6 +28,7 @@ from ltnorm.recipe import Recipe
 from ltnorm.training.build import concrete
 from ltnorm.training.device import describe, resolve_device
 from ltnorm.training.graph import Graphs
+from ltnorm.training.loop import Update
 from ltnorm.validation import validate
 
 
@@ -92,14 +93,17 @@ def waiting(make: Callable[[], object], device: torch.device) -> Callable[[], No
 def in_turn(recipes: list[Recipe], size: int, device: torch.device) -> Callable[[], None]:
     """A step of each, one after another."""
     made = subjects(recipes, size, device)
-    return waiting(lambda: [subject.update.make() for subject in made], device)
+    return waiting(lambda: [subject.step(subject.batch) for subject in made], device)
 
 
 def replayed(
     recipes: list[Recipe], size: int, device: torch.device, together: bool
 ) -> Callable[[], None]:
     """Steps as CUDA graphs, each its own, or one of all."""
-    updates = [subject.update for subject in subjects(recipes, size, device)]
+    updates = [
+        Update(subject.objective, subject.optimizer, subject.batch, subject.variant.recipe.train)
+        for subject in subjects(recipes, size, device)
+    ]
     if together:
         graphs = Graphs()
         return waiting(lambda: graphs.make(updates), device)
@@ -112,8 +116,8 @@ def stacked(recipes: list[Recipe], size: int, device: torch.device) -> Callable[
     made = subjects(recipes, size, device)
     parameters, buffers = stack_module_state([subject.objective for subject in made])
     base = copy.deepcopy(made[0].objective)
-    images = torch.stack([subject.update.batch.images for subject in made])
-    labels = torch.stack([subject.update.batch.labels for subject in made])
+    images = torch.stack([subject.batch.images for subject in made])
+    labels = torch.stack([subject.batch.labels for subject in made])
     momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
     bf16 = recipes[0].train.precision == "bf16"
 
