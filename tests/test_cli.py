@@ -469,15 +469,24 @@ def test_a_crash_is_not_hidden_and_debug_shows_the_traceback(ltnorm, monkeypatch
     assert answer.code == 2
 
 
+HEAVY = ("torch", "numpy", "scipy", "pandas", "yaml", "rich.progress")
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["list", "norms"], ["compare", "--help"], ["bench", "--help"]]
+    ("arguments", "heavy"),
+    [
+        (["--help"], [*HEAVY, "pydantic"]),
+        (["list", "norms"], [*HEAVY, "ltnorm.recipe", "ltnorm.cli.train"]),
+        (["compare", "--help"], [*HEAVY, "ltnorm.recipe", "ltnorm.cli.train"]),
+        (["bench", "--help"], [*HEAVY, "ltnorm.recipe"]),
+    ],
 )
-def test_light_commands_do_not_load_torch(arguments):
+def test_light_commands_load_little(arguments, heavy):
     code = f"""
 import sys
 from ltnorm.cli import main
 main({arguments!r})
-print([m for m in ("torch", "numpy", "pandas") if m in sys.modules], file=sys.stderr)
+print([m for m in {heavy!r} if m in sys.modules], file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"

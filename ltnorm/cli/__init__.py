@@ -4,53 +4,56 @@ Commands import what they need when they run, so that `--help`, `list`, `prepare
 never load torch.
 """
 
+import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 
 from ltnorm import __version__
-from ltnorm.cli import (
-    bench,
-    catalogue,
-    compare,
-    diff,
-    evaluate,
-    export,
-    inspect,
-    prepare,
-    retrain,
-    runs,
-    sweep,
-    train,
-)
 from ltnorm.cli.signals import Terminated, terminable
+from ltnorm.cli.start import uncollected
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.launch import place
 
-app = typer.Typer(
-    name="ltnorm",
-    help="Does the choice of normalization layer help the rare classes?",
-    no_args_is_help=True,
-    rich_markup_mode=None,  # rich help would import a markdown parser: half the start-up time
-    pretty_exceptions_enable=False,
-)
-app.command("prepare")(prepare.command)
-app.command("train")(train.command)
-app.command("sweep")(sweep.command)
-app.command("retrain")(retrain.command)
-app.command("eval")(evaluate.command)
-app.command("export")(export.command)
-app.command("inspect")(inspect.command)
-app.command("compare")(compare.command)
-app.command("runs")(runs.command)
-app.command("diff")(diff.command)
-app.command("bench")(bench.command)
-app.command("list")(catalogue.command)
+# In the order of `--help`; the modules whose `command` they are.
+COMMANDS = {
+    "prepare": "prepare",
+    "train": "train",
+    "sweep": "sweep",
+    "retrain": "retrain",
+    "eval": "evaluate",
+    "export": "export",
+    "inspect": "inspect",
+    "compare": "compare",
+    "runs": "runs",
+    "diff": "diff",
+    "bench": "bench",
+    "list": "catalogue",
+}
+# Those that end within a second, most of which are imports.
+SHORT = ("--help", "compare", "list", "runs", "diff")
+
+
+def _app(arguments: Sequence[str]) -> typer.Typer:
+    """The command that is asked for, or else all: each takes its time to import and to build."""
+    app = typer.Typer(
+        name="ltnorm",
+        help="Does the choice of normalization layer help the rare classes?",
+        no_args_is_help=True,
+        rich_markup_mode=None,  # rich help would import a markdown parser: half the start-up time
+        pretty_exceptions_enable=False,
+        callback=_root,
+    )
+    asked = [name for name in arguments[:1] if name in COMMANDS]
+    for name in asked or COMMANDS:
+        app.command(name)(importlib.import_module(f"ltnorm.cli.{COMMANDS[name]}").command)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,7 +62,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool,
@@ -80,11 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not every terminal can show a delta
             stream.reconfigure(errors="replace")
+    # Recipes need no plugins of pydantic, for which it would search all that is installed.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         arguments = sys.argv[1:] if arguments is None else list(arguments)
         _check_launch(arguments)
-        with terminable():
-            code = app(args=arguments, prog_name="ltnorm", standalone_mode=False)
+        short = bool(arguments) and arguments[0] in SHORT
+        with terminable(), uncollected() if short else nullcontext():
+            code = _app(arguments)(args=arguments, prog_name="ltnorm", standalone_mode=False)
         if code == 130:  # typer's answer to Ctrl-C
             return _fail("interrupted", "nothing that was finished is lost; type it again", 130)
         return code if isinstance(code, int) else 0

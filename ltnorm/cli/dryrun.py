@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ltnorm.console import Output
 
 
@@ -119,6 +117,8 @@ def _state(directory: Path, first: Path | None, force: bool) -> str:
 
 def _recipe_text(recipes: Sequence[Any]) -> str:
     """The first recipe whole, and of the other norms what differs."""
+    import yaml
+
     of_norm: dict[str, Any] = {}
     for recipe in recipes:
         of_norm.setdefault(recipe.norm.name, recipe)

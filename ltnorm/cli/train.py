@@ -12,6 +12,7 @@ import typer
 
 from ltnorm.cli import dryrun, options
 from ltnorm.cli.signals import Terminated
+from ltnorm.cli.start import uncollected
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError, UsageError, did_you_mean
 from ltnorm.launch import RankLost, is_first
@@ -149,7 +150,9 @@ def command(
             dryrun.show(runs, root, data_dir, force, output, pretrained)
             return
         schema.check_out(out)
-        from ltnorm.training.distributed import joined
+        with uncollected():
+            import ltnorm.training.run  # noqa: F401
+            from ltnorm.training.distributed import joined
 
         keeping = {"steps": checkpoint_steps, "anew": force, "anew_first": not keep_first}
         with joined(planned[0].device):
