@@ -20,6 +20,7 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ltnorm import cores
 from ltnorm.cli import main
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError, UsageError
@@ -456,9 +457,12 @@ def test_children_get_their_gpu_and_their_share_of_the_cores(tiny_recipe, tmp_pa
 
     def popen(command, **options):
         started.append((command, options["env"]))
-        return type("Alive", (), {"poll": lambda _: None})()
+        return type("Alive", (), {"poll": lambda _: None, "pid": len(started)})()
 
     monkeypatch.setattr(local.subprocess, "Popen", popen)
+    pinned = {}
+    monkeypatch.setattr(local, "pin", pinned.__setitem__)
+    monkeypatch.setattr(local, "usable", lambda: [*range(4), *range(8, 12)])
     monkeypatch.setattr(local, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launcher = local.Local(["0", "1", "0", "1"], ["--out", "x"])
@@ -470,7 +474,51 @@ def test_children_get_their_gpu_and_their_share_of_the_cores(tiny_recipe, tmp_pa
     assert sorted(env["CUDA_VISIBLE_DEVICES"] for _, env in started) == ["0", "0", "1", "1"]
     assert {env["OMP_NUM_THREADS"] for _, env in started} == {"2"}
     assert all(command[-2:] == ["--workers", "2"] for command, _ in started)
+    assert pinned == {1: (0, 1), 2: (2, 3), 3: (8, 9), 4: (10, 11)}
     assert (tmp_path / "3" / schema.RECIPE).read_text() == tiny_recipe(seed=3).to_yaml()
+
+
+@given(st.sets(st.integers(0, 99), min_size=1), st.integers(1, 120))
+def test_cores_are_divided_evenly(numbers, count):
+    shares = cores.divided(sorted(numbers), count)
+    assert len(shares) == count
+    assert [number for share in shares for number in share] == sorted(numbers)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("places", "allowed", "threads"), [(1, 2, ""), (3, 2, ""), (2, 1, ""), (2, 2, "2")]
+)
+def test_runs_keep_to_no_cores_where_they_would_lack_some(monkeypatch, places, allowed, threads):
+    monkeypatch.setattr(local, "usable", lambda: [4, 5])
+    monkeypatch.setattr(local, "cores", lambda: allowed)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert local.Local([None] * places, [])._shares == [()] * places
+
+
+def test_a_container_has_no_more_cores_than_its_share_of_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "usable", lambda: list(range(8)))
+    (tmp_path / "outer" / "own").mkdir(parents=True)
+    monkeypatch.setattr(cores, "SELF", tmp_path / "self")
+    assert cores.cores() == 8
+    (tmp_path / "self").write_text("4:memory:/x\n0::/outer/own\n")
+    assert cores.cores() == 8
+    (tmp_path / "outer" / "own" / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "outer" / "cpu.max").write_text("250000 100000\n")
+    assert cores.cores() == 3
+
+
+def test_a_process_is_kept_on_its_cores():
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("this system keeps no process on cores")
+    core = cores.usable()[-1]
+    process = subprocess.Popen(["sleep", "60"])
+    cores.pin(process.pid, [core])
+    assert os.sched_getaffinity(process.pid) == {core}
+    process.kill()
+    process.wait()
+    cores.pin(process.pid, [core])  # it has ended: nothing to be said
 
 
 # --- what is told

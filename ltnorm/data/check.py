@@ -25,6 +25,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from ltnorm.cores import cores
 from ltnorm.data import decode
 from ltnorm.data.decode import BadImage
 from ltnorm.data.source import printable
@@ -187,13 +188,6 @@ def changed(
 def shown(path: bytes) -> str:
     """A path as text for the screen: of one line, whatever bytes it has."""
     return printable(os.fsdecode(path))
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _check_chunk(

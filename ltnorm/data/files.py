@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ltnorm import parallel
+from ltnorm.cores import cores
 from ltnorm.data import augment
-from ltnorm.data.check import cores
 from ltnorm.data.decode import THINNEST, BadImage, decode_bytes, read, torchvision_agrees
 from ltnorm.data.source import Files
 from ltnorm.errors import LtnormError

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ltnorm import bench
-from ltnorm.data.check import cores
+from ltnorm.cores import cores
 from ltnorm.data.loader import Loader, batches_per_epoch
 from ltnorm.data.source import IMAGENET_MEAN, IMAGENET_STD, Pixels
 from ltnorm.errors import LtnormError

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
-from ltnorm.data.check import cores
+from ltnorm.cores import cores, divided, pin, usable
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.reporting import schema
 from ltnorm.sweep.plan import ATTEMPT, LOG, Job
@@ -67,6 +68,7 @@ class Process:
 
     process: subprocess.Popen
     place: str | None
+    cores: tuple[int, ...]
 
     def ended(self) -> int | None:
         """See `work.Attempt`."""
@@ -104,9 +106,10 @@ class Local:
             LtnormError: its directory cannot be written.
         """
         self.running = [run for run in self.running if run.ended() is None]
-        free = list(self.places)
+        free = list(zip(self.places, self._shares, strict=True))
         for run in self.running:
-            free.remove(run.place)
+            free.remove((run.place, run.cores))
+        place, share = free[0]
         command = [
             sys.executable,
             "-m",
@@ -114,23 +117,37 @@ class Local:
             *command_of(job.directory, [*self.arguments, *force]),
         ]
         if job.recipe.workers is None and len(self.places) > 1:
-            command += ["--workers", str(max(1, self._cores // (1 if free[0] else 2)))]
+            command += ["--workers", str(max(1, self._cores // (1 if place else 2)))]
         with logging_to(job.directory, job.recipe.to_yaml(), number) as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                env=os.environ | self._environment(free[0]),
+                env=os.environ | self._environment(place),
                 process_group=0,  # Ctrl-C comes to the sweep alone, which ends its runs in order
             )
-        self.running.append(Process(process, free[0]))
+        if share:
+            pin(process.pid, share)
+        self.running.append(Process(process, place, share))
         return self.running[-1]
 
     @property
     def _cores(self) -> int:
         """For each run."""
         return max(1, cores() // len(self.places))
+
+    @cached_property
+    def _shares(self) -> list[tuple[int, ...]]:
+        """The cores that each place keeps its runs on, so that none takes turns with another.
+
+        They are empty where there is nothing to divide, or not enough for the threads.
+        """
+        shares = divided(usable(), len(self.places))
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(asked) if asked.isdecimal() else 1
+        enough = len(shares) <= cores() and min(map(len, shares)) >= threads
+        return shares if len(shares) > 1 and enough else [()] * len(shares)
 
     def _environment(self, place: str | None) -> dict[str, str]:
         threads = os.environ.get("OMP_NUM_THREADS") or str(self._cores)
