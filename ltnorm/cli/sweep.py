@@ -3,19 +3,20 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ltnorm.cli import jobs as processes
 from ltnorm.cli import options, sweep_plan, train
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from ltnorm.sweep.grid import Cell, Grid
-    from ltnorm.sweep.plan import Job, Precision
+    from ltnorm.recipe import Recipe
+    from ltnorm.sweep.grid import Grid
+    from ltnorm.sweep.plan import Job
     from ltnorm.sweep.work import Launcher, Work
 
 AXES = ("dataset", "model", "ratio", "loss", "sampler", "norm")
@@ -83,7 +84,7 @@ def command(
     ] = None,
     retries: Annotated[
         int, typer.Option("--retries", min=0, help="How often a lost run is tried again.")
-    ] = 2,
+    ] = processes.RETRIES,
     part: Annotated[
         str | None, typer.Option("--part", help="I/N: each N-th run only, for job arrays.")
     ] = None,
@@ -128,27 +129,18 @@ def command(
         places = (root, data_dir, out)
         if launcher == "ray":  # whose workers live in other folders
             places = tuple(place.absolute() for place in places)
-        arguments = _arguments(*places, pretrained, log, checkpoint_steps)
+        shared = processes.Shared(*places, pretrained, log, checkpoint_steps)
         if not dry_run:
             schema.check_out(out)
+        recipes = [cell.recipe for cell in cells]
         with _launching(
-            launcher, cells, arguments, jobs, gpus_per_run, cpus_per_run, address
+            launcher, recipes, shared.arguments(), jobs, gpus_per_run, cpus_per_run, address
         ) as where:
-            all_ = planning.plan(
-                cells,
-                root,
-                data_dir,
-                out,
-                _precision(where, output),
-                making=None if dry_run else _making(output, cells),
-                pretrained=pretrained,
-            )
-            for warning in planning.doubts(all_):
-                output.warn(warning)
+            all_ = processes.plan(cells, shared, where, output, dry_run=dry_run)
             planned += planning.part(all_, part) if part else all_
             at_a_time = where.places
             if not dry_run:
-                work = _carry_out(planned, where, retries, force, out, output, done)
+                work = processes.carry_out(planned, where, retries, force, out, output, done)
         if dry_run:
             sweep_plan.show(planned, at_a_time, estimate, force, output)
         else:
@@ -211,31 +203,10 @@ def _assignments(item: str) -> Iterator[tuple[str, list[Any]]]:
         yield _assigned("--exclude", pair, "norm=gn,ratio=10")
 
 
-def _arguments(
-    root: Path,
-    data_dir: Path,
-    out: Path,
-    pretrained: Path | None,
-    log: str | None,
-    checkpoint_steps: int | None,
-) -> list[str]:
-    """Of `ltnorm train`, the same for all runs."""
-    given = {
-        "--root": root,
-        "--data-dir": data_dir,
-        "--out": out,
-        "--pretrained": pretrained and pretrained.absolute(),
-        "--log": log,
-        "--checkpoint-steps": checkpoint_steps,
-    }
-    pairs = [(flag, str(value)) for flag, value in given.items() if value is not None]
-    return [word for pair in pairs for word in pair]
-
-
 @contextmanager
 def _launching(
     name: str,
-    cells: Sequence["Cell"],
+    recipes: Sequence["Recipe"],
     arguments: Sequence[str],
     jobs: int | None,
     gpus_per_run: float | None,
@@ -243,70 +214,17 @@ def _launching(
     address: str | None,
 ) -> Iterator["Launcher"]:
     """What makes the runs; it ends those that are still running."""
-    devices = {cell.recipe.device for cell in cells}
-    for device in sorted(devices):
-        if ":" in device:
-            hint = f"--device cuda; CUDA_VISIBLE_DEVICES={device[5:]} chooses which"
-            raise UsageError(f"device {device}: a sweep hands out the GPUs itself", hint)
-    on_gpu = bool(devices - {"cpu", "mps"})
-    if name == "ray":
-        from ltnorm.sweep.on_ray import Ray
+    if name == "local":
+        with processes.here(recipes, arguments, jobs, gpus_per_run) as local:
+            yield local
+        return
+    from ltnorm.sweep.on_ray import Ray
 
-        made = Ray(arguments, jobs, gpus_per_run, cpus_per_run, address, on_gpu)
-    else:
-        from ltnorm.sweep import local
-
-        gpus = local.visible_gpus() if on_gpu else []
-        made = local.Local(local.places(jobs, gpus_per_run, gpus), arguments)
+    ray = Ray(arguments, jobs, gpus_per_run, cpus_per_run, address, processes.on_gpu(recipes))
     try:
-        yield made
+        yield ray
     finally:
-        made.stop()
-
-
-def _precision(launcher: "Launcher", output: Output) -> "Precision":
-    """What `auto` is where the runs are made, found out once, so that all are comparable."""
-
-    @cache
-    def found(device: str, asked: str) -> str:
-        precision, reason = launcher.precision(device, asked)
-        output.note(f"precision {precision}: {reason}")
-        return precision
-
-    return found
-
-
-def _making(output: Output, cells: Sequence["Cell"]) -> Any:
-    from ltnorm.data.making import Making
-
-    workers = cells[0].recipe.workers or None
-    return Making(workers=workers, tell=output.note, counting=output.counting)
-
-
-def _carry_out(
-    planned: Sequence["Job"],
-    launcher: "Launcher",
-    retries: int,
-    force: bool,
-    out: Path,
-    output: Output,
-    done: dict[Any, Any],
-) -> "Work":
-    """Make the runs, telling how far they are; `done` is told which are finished."""
-    from ltnorm.sweep.progress import Progress
-    from ltnorm.sweep.work import Work
-
-    progress = Progress(output, out)
-    progress.work = work = Work.of(planned, force, progress.tell)
-    if work.before:
-        output.note(f"{work.before} of {work.total} runs are finished; --force repeats them")
-    try:
-        with progress.show():
-            work.carry_out(launcher, retries, force, progress.watch)
-    finally:
-        done |= work.finished
-        work.release()
-    return work
+        ray.stop()
 
 
 def _show(planned: Sequence["Job"], work: "Work", output: Output) -> None:
