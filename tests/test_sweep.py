@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,6 +261,48 @@ def test_a_killed_run_is_made_again_and_a_failed_one_leaves_the_rest(forked, ltn
     assert (document["finished"], document["failed"]) == (4, 0)
     assert [run["result"]["seed"] for run in document["runs"]] == [0, 1, 0, 1]
     assert [attempts(run) for run in (*others, failed)] == [2, 1, 1, 2]
+
+
+def test_runs_of_train_by_processes_are_those_of_one(forked, ltnorm, tmp_path):
+    command = "train --recipe tiny.yaml --norm bn --seeds 0-1 --steps 3 --json"
+    one = ltnorm(f"{command} --out one")
+    several = ltnorm(f"{command} --out several --jobs 2")
+    assert (one.code, several.code) == (0, 0), several.err
+    assert "finished several" in several.err
+
+    def told(answer):
+        runs = json.loads(answer.out)["runs"]
+        keys = ("seed", "fingerprint", "index_sha256", "steps", "train_loss", *schema.METRICS)
+        return [[run[key] for key in keys] for run in runs]
+
+    assert told(several) == told(one)
+    assert len(told(one)) == 2
+    logs = sorted((tmp_path / "several").rglob(plan.LOG))
+    assert [log.parent.name for log in logs] == ["seed0", "seed1"]
+    again = ltnorm(f"{command} --out several --jobs 2")
+    assert "2 of 2 runs are finished" in again.err
+    assert told(again) == told(one)
+    ltnorm(f"{command} --out several --jobs 2 --force")
+    assert [log.read_text().count(plan.ATTEMPT) for log in logs] == [2, 2]
+
+
+def test_a_failed_run_of_train_by_processes_leaves_the_others(forked, ltnorm, tmp_path):
+    command = "train --recipe tiny.yaml --norm bn --seeds 0-1 --steps 3 --out out"
+    setting = Path(json.loads(ltnorm(f"{command} --json").out)["runs"][0]["directory"]).parent
+    shutil.rmtree(setting / "seed1")
+    (setting / "seed1").write_text("in the way")
+    answer = ltnorm(f"{command} --jobs 2 --force --json")
+    assert answer.code == 1
+    assert "seed1" in answer.err
+    assert "(1 of 2 runs failed)" in answer.err
+    assert [run["seed"] for run in json.loads(answer.out)["runs"]] == [0]
+
+
+def test_processes_of_train_are_refused_where_torchrun_or_a_gpu_is_named(failing, monkeypatch):
+    assert "cuda:1" in failing("train --seeds 0-1 --jobs 2 --device cuda:1", code=2)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert "torchrun" in failing("train --seeds 0-1 --jobs 2", code=2)
 
 
 def test_two_sweeps_of_one_tree_share_the_work(forked, ltnorm, tmp_path):

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from ltnorm.cli import dryrun, options
+from ltnorm.cli import jobs as processes
 from ltnorm.cli.signals import Terminated
 from ltnorm.cli.start import uncollected
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError, UsageError, did_you_mean
-from ltnorm.launch import RankLost, is_first
+from ltnorm.launch import RankLost, is_first, place
 
 
 class Interrupted(LtnormError):
@@ -102,6 +103,10 @@ def command(
     out: options.Out = options.OUT,
     log: options.Log = None,
     checkpoint_steps: options.CheckpointSteps = None,
+    jobs: Annotated[
+        int,
+        typer.Option("--jobs", min=1, help="Runs at a time, each by a process with its cores."),
+    ] = 1,
     dry_run: options.DryRun = False,
     force: options.Force = False,
     keep_first: Annotated[
@@ -123,6 +128,11 @@ def command(
     from ltnorm.training.log import check as check_log
 
     check_log(log)
+    if jobs > 1 and place():
+        raise UsageError(
+            "--jobs and torchrun both start processes",
+            "torchrun makes one run by several processes, --jobs several runs at a time",
+        )
     output = Output(quiet=quiet, json=json, log=log)
     base = recipes.read(recipe or options.default_recipe(dataset, set_ or ()))
     flags = options.recipe_flags(context.params) | _schedules(schedule or ())
@@ -150,14 +160,19 @@ def command(
             dryrun.show(runs, root, data_dir, force, output, pretrained)
             return
         schema.check_out(out)
+        if min(jobs, len(planned)) > 1:
+            shared = processes.Shared(root, data_dir, out, pretrained, log, checkpoint_steps)
+            repeat = ["--force"] * force + ["--keep-first"] * keep_first
+            _by_processes(planned, shared, jobs, repeat, output, done)
+            return
         with uncollected():
             import ltnorm.training.run  # noqa: F401
             from ltnorm.training.distributed import joined
 
         keeping = {"steps": checkpoint_steps, "anew": force, "anew_first": not keep_first}
         with joined(planned[0].device):
-            jobs = _jobs(planned, root, data_dir, out, keeping, pretrained, output)
-            run_all(jobs, done, output)
+            made = _jobs(planned, root, data_dir, out, keeping, pretrained, output)
+            run_all(made, done, output)
 
 
 def _schedules(values: Sequence[str]) -> dict[str, str]:
@@ -241,6 +256,21 @@ class Runner:
             start = twostage.load_first(first, self.root, self.data_dir, recipe.device)
         made = yield from twostage.steps(recipe, start, self.out, self.output, **how)
         return directory, made
+
+
+def _by_processes(
+    planned: Sequence[Any],
+    shared: processes.Shared,
+    jobs: int,
+    repeat: Sequence[str],
+    output: Output,
+    done: dict[Any, Any],
+) -> None:
+    """Make runs as `run_all` does, several at a time."""
+    made, work = processes.train(planned, shared, jobs, repeat, output, done)
+    results = {job.directory: work.finished[job] for job in made if job in work.finished}
+    failures = [LtnormError(failure.error, failure.hint) for failure in work.failed]
+    _report(results, failures, len(made), output)
 
 
 def _jobs(
@@ -332,9 +362,16 @@ def run_all(jobs: Sequence[Job], done: dict[Path, Any], output: Output) -> None:
             else:
                 directory, result = outcome
                 done[directory] = result
+    _report(done, failures, len(jobs), output)
+
+
+def _report(
+    done: Mapping[Path, Any], failures: Sequence[LtnormError], planned: int, output: Output
+) -> None:
+    """Print all that is finished, and raise what was wrong with the others."""
     _show(done, output)
     if failures:
-        more = f" ({len(failures)} of {len(jobs)} runs failed)" if len(jobs) > 1 else ""
+        more = f" ({len(failures)} of {planned} runs failed)" if planned > 1 else ""
         raise LtnormError(failures[0].message + more, failures[0].hint)
 
 
@@ -355,7 +392,7 @@ def _outcomes(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Any]]:
                 yield job, error
 
 
-def _show(done: dict[Path, Any], output: Output) -> None:
+def _show(done: Mapping[Path, Any], output: Output) -> None:
     from ltnorm.reporting.compare import compare
     from ltnorm.reporting.export import table
     from ltnorm.reporting.schema import Run
