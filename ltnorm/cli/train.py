@@ -398,7 +398,7 @@ def _show(done: Mapping[Path, Any], output: Output) -> None:
     from ltnorm.reporting.schema import Run
     from ltnorm.reporting.sheets import of_blocks
 
-    if done and is_first():
+    if done and is_first() and not output.json:
         blocks = compare([Run(result, directory) for directory, result in done.items()])
         output.product(table(of_blocks(blocks), output.out.width))
         for directory in done:
