@@ -38,6 +38,7 @@ from ltnorm.training.log import Log
 from ltnorm.training.recalibrate import recalibrated
 from ltnorm.training.resume import Keeper
 from ltnorm.training.run import run
+from ltnorm.training.together import alone
 from ltnorm.training.twostage import _retrained
 
 CPU = torch.device("cpu")
@@ -391,7 +392,7 @@ def test_what_looks_at_a_model_takes_files(folder, file_recipe):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.rsplit(".", 1)[1] for name in changed} >= {"running_mean", "running_var"}
     stage = file_recipe(**{"retrain.method": "crt", "retrain.epochs": 1})
-    done = _retrained(stage, model, data, CPU, Output(quiet=True), Keeper(), Log())
+    done = alone(_retrained(stage, model, data, CPU, Output(quiet=True), Keeper(), Log()))
     assert done.cost.images_processed == COUNT
 
 

@@ -60,14 +60,14 @@ def test_both_loops_make_the_same_updates():
     settings = recipe(batch_size=8)
     theirs = peer.Peer(settings, pixels(), 10, CPU, workers=0)
     ours = race.Ours(bench.Variant("bn", settings, "peer"), bench.Batch(8, 8), pixels(), CPU)
-    give(ours.objective.model.state_dict(), theirs.model)
+    give(ours.subject.model.state_dict(), theirs.model)
     labels = torch.arange(8)
     for _ in range(3):
         images = torch.randn(8, 3, 8, 8)
         batch = Batch(images.contiguous(memory_format=torch.channels_last), labels)
         expected = ours.step(batch)
         assert theirs.step((images, labels)) == pytest.approx(float(expected), rel=1e-4)
-    weights = [list(m.parameters()) for m in (ours.objective.model, theirs.model)]
+    weights = [list(m.parameters()) for m in (ours.subject.model, theirs.model)]
     close(*weights)
 
 

@@ -228,6 +228,7 @@ def test_what_cannot_be_computed_is_refused_before_work_starts(failing, monkeypa
     said = failing(f"{train} --set train.graph=true", code=2)
     assert "train.graph" in said
     assert "cuda" in said
+    assert "--jobs" in failing(f"{train} --stack-seeds --jobs 2", code=2)
     here = Place(rank=0, local_rank=0, world_size=2, local_world_size=2)
     monkeypatch.setattr(device, "place", lambda: here)
     for flag in ("stack", "compile"):

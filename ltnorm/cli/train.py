@@ -160,6 +160,11 @@ def command(
             dryrun.show(runs, root, data_dir, force, output, pretrained)
             return
         schema.check_out(out)
+        if jobs > 1 and planned[0].train.stack:
+            raise UsageError(
+                "--jobs trains seeds apart, in processes, and --stack-seeds together in one",
+                "on a CPU take --jobs, on a GPU --stack-seeds",
+            )
         if min(jobs, len(planned)) > 1:
             shared = processes.Shared(root, data_dir, out, pretrained, log, checkpoint_steps)
             repeat = ["--force"] * force + ["--keep-first"] * keep_first

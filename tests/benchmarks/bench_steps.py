@@ -90,7 +90,7 @@ def _in_place(model: str) -> race.Ours:
         return F.relu(y.add_(x), inplace=True)
 
     made = _ours(model)
-    for block in made.objective.model.blocks:
+    for block in made.subject.model.blocks:
         block.forward = MethodType(forward, block)
     return made
 
