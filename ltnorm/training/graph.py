@@ -20,7 +20,8 @@ WARM_UP = 3
 def capture(make: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
     """What repeats `make`, which is not carried out by this, with the values there are then."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Threads that read images may allocate meanwhile: that is no part of the step.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         losses = make()
 
     def repeat() -> list[Tensor]:

@@ -95,6 +95,13 @@ def _in_place(model: str) -> race.Ours:
     return made
 
 
+def _fused(model: str) -> race.Ours:
+    """One kernel for all that the optimizer does."""
+    made = _ours(model)
+    made.subject.optimizer.rate_on_device()
+    return made
+
+
 def _keeping_memory(model: str) -> race.Ours:
     """The allocator gives nothing back: no page is made anew (numbers from glibc's malloc.h)."""
     trim_threshold, top_pad, mmap_max = -1, -2, -4
@@ -123,6 +130,7 @@ CHANGES = {
     OURS: Change(_ours, "+ channels_last"),
     "bf16": Change(lambda m: _ours(m, "bf16"), OURS),
     "torch.compile": Change(lambda m: _ours(m, compiled=True), OURS),
+    "fused optimizer": Change(_fused, OURS),
     "in place": Change(_in_place, OURS),
     "memory kept": Change(_keeping_memory, OURS),
     "huge pages": Change(_ours, OURS, HUGE),
