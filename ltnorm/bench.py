@@ -24,7 +24,7 @@ from ltnorm.errors import LtnormError
 from ltnorm.recipe import Recipe
 from ltnorm.training import loop, optim
 from ltnorm.training.build import build_model, build_objective, compiled
-from ltnorm.training.device import memory_format, resolve_device
+from ltnorm.training.device import memory_format, resolve_device, set_computing
 from ltnorm.training.graph import Graphs
 
 WARM_UP = 3
@@ -39,13 +39,18 @@ class Variant:
         label: a name of its own.
         recipe: with its precision resolved (see `training.build.concrete`).
         against: the label of the variant that ratios refer to.
-        compiled: whether the model goes through torch.compile.
+        compile: whether the model goes through torch.compile though the recipe does not say so.
     """
 
     label: str
     recipe: Recipe
     against: str
-    compiled: bool = False
+    compile: bool = False
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the model goes through torch.compile."""
+        return self.compile or self.recipe.train.compile
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def measure(
 @contextmanager
 def room(variants: Sequence[Variant]) -> Iterator[None]:
     """Room to compile all variants: they share code, which runs as it is beyond a limit."""
-    compiled = sum(v.compiled or v.recipe.train.compile for v in variants)
+    compiled = sum(v.compiled for v in variants)
     if not compiled:  # importing the compiler takes longer than a measurement
         yield
         return
@@ -148,12 +153,13 @@ class Subject:
         recipe = variant.recipe
         self.variant, self.device, self.peak = variant, device, None
         self.bf16 = recipe.train.precision == "bf16"
+        set_computing(recipe.train, device)
         self.model = build_model(recipe, batch.counts(), batch.image_size)
         self.objective = build_objective(recipe, self.model, batch.counts())
         layout = memory_format(device, recipe.train.precision)
         self.objective.to(device=device, memory_format=layout)
         self.optimizer = optim.build(recipe.train, self.objective.parameters())
-        if variant.compiled or recipe.train.compile:
+        if variant.compiled:
             self.model.forward = compiled(self.model.forward)
         images, labels = random_batch(batch)
         images = images.to(device).contiguous(memory_format=layout)
@@ -268,7 +274,7 @@ def explained(variant: Variant, batch: Batch) -> Iterator[None]:
                 f"out of memory: {what}, {size}", "try a smaller --batch-size or --model"
             ) from error
         hint = "try a larger --image-size or --batch-size, or another --device"
-        if variant.compiled or variant.recipe.train.compile:
+        if variant.compiled:
             hint = "leave out --compile; it needs a C++ compiler on the CPU, Triton on a GPU"
         raise LtnormError(f"{what} fails on {size}: {reason}", hint) from error
 

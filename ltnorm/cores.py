@@ -53,6 +53,6 @@ def _allowed(file: Path) -> float:
     """Of `cpu.max`: microseconds of time, or `max`, in a period of so many."""
     try:
         time, period = file.read_text().split()
-    except (OSError, ValueError):
+        return math.inf if time == "max" else int(time) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
         return math.inf
-    return math.inf if time == "max" else int(time) / int(period)

@@ -15,6 +15,7 @@ layer for the next is not considered: where it holds a whole layer's output, les
 The rates are measured, not taken from a data sheet. The floor is the longer of the two times.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,15 +114,30 @@ def layers(model: nn.Module, image_size: int) -> list[Layer]:
     return seen
 
 
+def _read(layer: Layer) -> int:
+    """The numbers of its input that a layer needs: a stride can leave out some."""
+    if isinstance(layer.module, nn.Linear):
+        return layer.input.numel()
+    touched = (
+        min(size, out * kernel)
+        for size, out, kernel in zip(
+            layer.input[1:], layer.output[1:], layer.module.kernel_size, strict=True
+        )
+    )
+    return layer.input[0] * math.prod(touched)
+
+
 def count(model: nn.Module, image_size: int) -> Work:
     """What an image costs in `model`."""
     seen = layers(model, image_size)
-    sizes = [(layer.input.numel(), layer.output.numel(), layer.first) for layer in seen]
+    sizes = [(_read(layer), layer.input.numel(), layer.output.numel(), layer) for layer in seen]
     return Work(
         forward_flops=sum(layer.flops for layer in seen),
         backward_flops=sum(layer.flops * (1 if layer.first else 2) for layer in seen),
-        forward_values=sum(i + o for i, o, _ in sizes),
-        backward_values=sum(i + o + (0 if first else i) for i, o, first in sizes),
+        forward_values=sum(read + out for read, _, out, _ in sizes),
+        backward_values=sum(
+            read + out + (0 if layer.first else whole) for read, whole, out, layer in sizes
+        ),
         parameters=sum(p.numel() for p in model.parameters()),
     )
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from ltnorm import models, registry
-from ltnorm.data.check import cores
+from ltnorm.cores import cores
 from ltnorm.data.source import Pixels
 from ltnorm.recipe import Recipe
 

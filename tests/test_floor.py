@@ -44,6 +44,11 @@ def test_work_of_a_small_network_by_hand():
     assert work.parameters == 4 * 27 + 8 + (6 * 2 + 6) + (96 * 5 + 5)
 
 
+def test_what_a_stride_leaves_out_need_not_be_read():
+    work = floor.count(nn.Sequential(nn.Conv2d(3, 5, 1, stride=2, bias=False)), 8)
+    assert work.forward_values == 3 * 4 * 4 + 5 * 4 * 4
+
+
 def test_the_floor_is_the_longer_of_arithmetic_and_memory():
     work = floor.Work(100, 200, 10, 20, 5)
     fast = floor.Rates(flops=1000.0, by="", bytes=10.0)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -49,11 +50,11 @@ def test_seeds_trained_together_are_those_trained_alone(
         assert same(a, b)
 
 
-def drawing(seed: int, steps: int):
+def drawing(seed: int, steps: int, graph: bool = False):
     """A training whose model draws from the global generator, as dropout does."""
 
     class Draw:
-        train = loop.Train()
+        train = Train(graph=graph)
 
         def make(self):
             return torch.rand(())
@@ -75,6 +76,48 @@ def test_each_draws_its_own_random_numbers():
         ]
         assert one[2::3] == [1.0] * 3
         assert other[2::3] == [0.5] * 3
+
+
+def test_what_a_graph_draws_goes_on_from_step_to_step(monkeypatch):
+    made = lambda self, updates: [update.make() for update in updates]  # noqa: E731
+    monkeypatch.setattr(graph.Graphs, "make", made)
+    drawn = [n for run in together([drawing(s, 3, graph=True) for s in (0, 1)]) for n in run[::3]]
+    assert len(set(drawn)) == 6
+
+
+def test_evaluating_one_is_not_charged_to_another(tiny_recipe, tiny_set, tmp_path, monkeypatch):
+    evaluate = run.evaluate_split
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(run, "evaluate_split", slowly)
+    recipes = [tiny_recipe("bn", seed, **{"eval.every": 1}) for seed in range(3)]
+    made = together([run.steps(recipe, tiny_set, tmp_path, QUIET) for recipe in recipes])
+    assert max(result.train_seconds for result in made) < 0.5
+
+
+def test_each_is_told_as_it_ends():
+    told = []
+    together([drawing(0, 3), drawing(1, 1)], [lambda _: told.append(0), lambda _: told.append(1)])
+    assert told == [1, 0]
+
+
+def test_a_compiler_that_fails_is_an_error_of_the_run(tiny_recipe, tiny_set, tmp_path, monkeypatch):
+    from torch._inductor.exc import InductorError
+
+    def broken(forward, **options):
+        def fails(*inputs):
+            raise InductorError(RuntimeError("no C++ compiler\nat length"), None)
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", broken)
+    recipe = tiny_recipe("bn", **{"train.compile": True})
+    with pytest.raises(LtnormError, match=r"torch\.compile failed") as raised:
+        run.run(recipe, tiny_set, tmp_path, QUIET)
+    assert "C++" in raised.value.hint
 
 
 def test_the_time_of_those_who_end_goes_to_the_others():

@@ -138,7 +138,7 @@ def _variants(recipes: Sequence[Any], baseline: str | None, compiled: bool) -> l
         against = labels[baseline] if baseline else "peer"
         variants.append(Variant(label, recipe, against))
         if compiled:
-            variants.append(Variant(f"{label} compiled", recipe, against, compiled=True))
+            variants.append(Variant(f"{label} compiled", recipe, against, compile=True))
     return variants
 
 

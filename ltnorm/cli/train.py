@@ -300,8 +300,10 @@ def _jobs(
     output.note(f"precision {first.train.precision}: {reason}")
     for warning in build.doubts(first.train):
         output.warn(warning)
-    if first.train.stack and resolve_device(first.device).type == "cpu":
-        output.note("together seeds take as long as one after another on a CPU, see --jobs")
+    if first.train.stack and not first.train.graph:
+        cpu = resolve_device(first.device).type == "cpu"
+        faster = "see --jobs" if cpu else "see --set train.graph=true"
+        output.note(f"together, seeds make their steps in turn: {faster}")
     making = Making(workers=first.workers or None, tell=output.note, counting=output.counting)
     data = distributed.by_all(lambda: prepare(first.dataset, root, data_dir, making))
     distributed.check_same(data.index_sha256, f"the images of {data.path}")
@@ -353,20 +355,23 @@ def run_all(jobs: Sequence[Job], done: dict[Path, Any], output: Output) -> None:
 
     failures: list[LtnormError] = []
     busy: list[Job] = []
-    for wait in (False, True):
-        for job, outcome in _outcomes(busy if wait else jobs, wait):
-            if isinstance(outcome, RankLost):
-                _show(done, output)
-                raise outcome
-            if isinstance(outcome, Busy):
-                busy.append(job)
-                output.note(f"{outcome.message}: waiting for it after the others")
-            elif isinstance(outcome, LtnormError):
-                failures.append(outcome)
-                output.warn(f"{job.name} failed: {outcome.message}")
-            else:
-                directory, result = outcome
-                done[directory] = result
+
+    def ended(job: Job, outcome: Any) -> None:
+        if isinstance(outcome, RankLost):
+            _show(done, output)
+            raise outcome
+        if isinstance(outcome, Busy):
+            busy.append(job)
+            output.note(f"{outcome.message}: waiting for it after the others")
+        elif isinstance(outcome, LtnormError):
+            failures.append(outcome)
+            output.warn(f"{job.name} failed: {outcome.message}")
+        else:
+            directory, result = outcome
+            done[directory] = result
+
+    _make(jobs, False, ended)
+    _make(list(busy), True, ended)
     _report(done, failures, len(jobs), output)
 
 
@@ -380,21 +385,22 @@ def _report(
         raise LtnormError(failures[0].message + more, failures[0].hint)
 
 
-def _outcomes(jobs: Sequence[Job], wait: bool) -> Iterator[tuple[Job, Any]]:
-    """What each job comes to, a directory and a result, or the error why not."""
+def _make(jobs: Sequence[Job], wait: bool, ended: Callable[[Job, Any], None]) -> None:
+    """Make jobs; each is told to `ended` with its directory and result, or the error why not."""
     from ltnorm.training.together import alone, together
 
     # Who waits for a run waits for it alone.
     for stack, group in itertools.groupby(jobs, lambda job: None if wait else job.stack):
+        made = list(group)
         if stack is not None:
-            stacked = list(group)
-            yield from zip(stacked, together([j.steps(wait) for j in stacked]), strict=True)
+            together([job.steps(wait) for job in made], [partial(ended, job) for job in made])
             continue
-        for job in group:
+        for job in made:
             try:
-                yield job, alone(job.steps(wait))
+                outcome = alone(job.steps(wait))
             except LtnormError as error:
-                yield job, error
+                outcome = error
+            ended(job, outcome)
 
 
 def _show(done: Mapping[Path, Any], output: Output) -> None:

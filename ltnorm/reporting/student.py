@@ -6,8 +6,8 @@ scipy.special has all of this too, and takes as long to import as a comparison t
 import math
 from functools import cache
 
-# What a continued fraction is right to, and a step to a quantile whose next would be its square.
-TOLERANCE, CLOSE = 1e-15, 1e-8
+# What a continued fraction is right to.
+TOLERANCE = 1e-15
 # Widths of a normal distribution beyond which nothing is left, and steps within one.
 REACH, STEPS = 8.5, 4
 
@@ -26,13 +26,20 @@ def cdf(df: float, t: float) -> float:
 
 @cache
 def quantile(df: float, p: float) -> float:
-    """The t with P(T <= t) = p, for p above 1/2, by Newton's method on the logarithm of 1 - p."""
-    t, step, tail = 0.0, 1.0, 1.0 - p
-    while abs(step) > CLOSE * t:
-        above = cdf(df, -t)
-        step = above / _density(df, t) * math.log(above / tail)
-        t += step
-    return t
+    """The t with P(T <= t) = p, for p in [1/2, 1), by bisection.
+
+    Raises:
+        ValueError: another p.
+    """
+    if not 0.5 <= p < 1:
+        raise ValueError(f"p must be in [0.5, 1), got {p}")
+    low, high, tail = 0.0, 1.0, 1.0 - p
+    while cdf(df, -high) > tail:
+        low, high = high, 2 * high
+    while low < (middle := (low + high) / 2) < high:
+        above = cdf(df, -middle) > tail
+        low, high = (middle, high) if above else (low, middle)
+    return high
 
 
 def power(df: float, shift: float, critical: float) -> float:
@@ -55,11 +62,6 @@ def power(df: float, shift: float, critical: float) -> float:
         weight = math.exp(constant + df * (x - s * s / 2))
         total += weight * math.erfc((critical * s - shift) / math.sqrt(2)) / 2
     return total
-
-
-def _density(df: float, t: float) -> float:
-    log = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
-    return math.exp(log - (df + 1) / 2 * math.log1p(t * t / df))
 
 
 def _beta(a: float, b: float, x: float, y: float) -> float:

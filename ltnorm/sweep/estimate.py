@@ -24,6 +24,7 @@ from ltnorm.errors import LtnormError
 from ltnorm.recipe import Recipe, Train
 from ltnorm.sweep.plan import Job
 from ltnorm.training.device import memory_format, resolve_device
+from ltnorm.training.graph import WARM_UP
 
 # Of each kind so many steps, or as many as fit into so many seconds.
 STEPS, SECONDS = 5, 2.0
@@ -141,7 +142,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _measured(job: Job) -> float | None:
-    """The seconds of a step, or None if it fails: the median of some, after one to warm up."""
+    """The seconds of a step, or None if it fails: the median of some, after it is warm."""
     device = resolve_device(job.recipe.device)
     size, classes = _size(job)
     batch = bench.Batch(job.recipe.train.batch_size, size, classes)
@@ -150,7 +151,8 @@ def _measured(job: Job) -> float | None:
         try:
             subject = bench.Subject(variant, batch, device)
             made = _batches(job.recipe, batch, device)
-            subject.train()
+            for _ in range(1 + WARM_UP * job.recipe.train.graph):
+                subject.train()
             times, began = [], time.perf_counter()
             while len(times) < STEPS and time.perf_counter() - began < SECONDS:
                 start = time.perf_counter()

@@ -82,7 +82,10 @@ def build_model(
 
 
 def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A forward through torch.compile, its backward outside of autocast as that of any step."""
+    """A forward through torch.compile, its backward outside of autocast as that of any step.
+
+    That is a setting of torch's compiler, made here for the whole process.
+    """
     import torch._functorch.config
 
     torch._functorch.config.backward_pass_autocast = "off"
@@ -98,10 +101,13 @@ def compile_training(model: nn.Module, batch_size: int) -> None:
     """
     plain = model.forward
     fast = compiled(plain)
+    whole = 0
 
     def forward(x: Tensor) -> Tensor:
-        whole = len(x) % batch_size == 0  # twice as many where both paths are one forward
-        return fast(x) if model.training and whole else plain(x)
+        nonlocal whole
+        if not whole and len(x) % batch_size == 0:  # twice as many: both paths are one forward
+            whole = len(x)
+        return fast(x) if model.training and len(x) == whole else plain(x)
 
     model.forward = forward
 

@@ -98,8 +98,10 @@ def check_computing(train: Train, device: torch.device) -> None:
             )
 
 
-def set_computing(train: Train) -> None:
-    """Set how this process computes from now on, as each run does when it starts."""
+def set_computing(train: Train, device: torch.device) -> None:
+    """Set how and where this process computes from now on, as each run does when it starts."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose streams, graphs and generator are meant
     if train.deterministic:  # cuBLAS wants to be told before it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # (To set it imports torch's compiler, which takes two seconds.)

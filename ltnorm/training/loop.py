@@ -1,6 +1,5 @@
 """The training loop."""
 
-import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from ltnorm.data.loader import Loader
 from ltnorm.errors import LtnormError
 from ltnorm.recipe import Train
 from ltnorm.training import distributed, optim
+from ltnorm.training.clock import CLOCK
 from ltnorm.training.objective import SinglePath
 from ltnorm.training.position import Epoch, Position
 from ltnorm.training.resume import Keeper
@@ -141,11 +141,12 @@ def fit(
             )
             speed = at.images / at.seconds
             done = len(at.losses), at.images, at.seconds
-            accuracy = distributed.from_first(partial(measure, epoch))
-            at.close(Epoch(epoch, at.lr, mean, *done, speed, accuracy))
-            on_epoch(at.epochs[-1])
-            progress.epoch(_part_done(train, at), epoch, mean, at.lr, speed)
-            keeper.keep(at)
+            with CLOCK.stopped():
+                accuracy = distributed.from_first(partial(measure, epoch))
+                at.close(Epoch(epoch, at.lr, mean, *done, speed, accuracy))
+                on_epoch(at.epochs[-1])
+                progress.epoch(_part_done(train, at), epoch, mean, at.lr, speed)
+                keeper.keep(at)
     return at.epochs
 
 
@@ -170,12 +171,12 @@ def _epoch(
     objective.set_progress(done)
     batches = loader.epoch(epoch, done, first=len(at.losses))
     done = _part_done(train, at)
-    last, share = time.perf_counter(), 1.0
+    last, share = CLOCK.now(), 1.0
 
     def now() -> tuple[float, bool, bool]:
         """The seconds of this epoch; whether people are to hear of it, and it is to be kept."""
         nonlocal last
-        since, last = last, time.perf_counter()
+        since, last = last, CLOCK.now()
         return at.seconds + share * (last - since), progress.due(), keeper.due(at)
 
     def check(first: int) -> float:
@@ -204,8 +205,8 @@ def _epoch(
         if kept:
             check(0)
             at.seconds, *_ = distributed.clock(now)
-            keeper.keep(at)
-            last = time.perf_counter()
+            with CLOCK.stopped():
+                keeper.keep(at)
     mean = check(0)
     at.seconds, *_ = distributed.clock(now)
     return mean

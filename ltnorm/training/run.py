@@ -28,6 +28,7 @@ from ltnorm.reporting import schema
 from ltnorm.reporting.state import under_way
 from ltnorm.training import checkpoint, distributed, optim
 from ltnorm.training.build import build_loader, build_model, build_objective, compile_training
+from ltnorm.training.clock import CLOCK
 from ltnorm.training.device import describe, resolve_device, set_computing
 from ltnorm.training.log import Log, logged
 from ltnorm.training.loop import Steps, fit
@@ -200,7 +201,7 @@ def steps(
         if made := made_since(directory, recipe, data, keeping):
             return made
         device = resolve_device(recipe.device)
-        set_computing(recipe.train)
+        set_computing(recipe.train, device)
         keeper = keeper_of(directory, recipe, data, device, keeping, output)
         with logged(directory, output) as log:
             done = yield from _train(recipe, data, device, output, pretrained, keeper, log)
@@ -300,13 +301,18 @@ def explained(recipe: Recipe, out: Path) -> Iterator[None]:
             f"out of memory on {recipe.device}", "try a smaller --batch-size or --model"
         ) from error
     except RuntimeError as error:
-        if not (recipe.train.compile and "torch._dynamo" in type(error).__module__):
+        if not (recipe.train.compile and _is_of_the_compiler(error)):
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise LtnormError(
             f"torch.compile failed: {reason}",
             "leave out train.compile; it needs a C++ compiler on the CPU, Triton on a GPU",
         ) from error
+
+
+def _is_of_the_compiler(error: RuntimeError) -> bool:
+    parts = ("torch._dynamo.", "torch._inductor.", "torch._functorch.")
+    return type(error).__module__.startswith(parts)
 
 
 def _train(
@@ -431,7 +437,7 @@ def finish_on_first(
     """As `finish`, by rank 0; the others wait for it."""
 
     def made() -> schema.Result:
-        with explained(recipe, directory):
+        with CLOCK.stopped(), explained(recipe, directory):
             return finish(directory, recipe, data, done, device)
 
     return distributed.from_first(made)

@@ -6,7 +6,7 @@ batches and random numbers, so that its result is that of training it alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ltnorm.errors import LtnormError
+from ltnorm.training.clock import CLOCK
 from ltnorm.training.graph import Graphs
 from ltnorm.training.loop import Made, Steps, Update
 from ltnorm.training.stop import deferred
@@ -24,17 +25,18 @@ T = TypeVar("T")
 def alone(steps: Steps[T]) -> T:
     """Make the steps of one training, and return what it comes to."""
     graphs = Graphs()
-    try:
-        update = next(steps)
-        while True:
-            try:
-                [loss] = graphs.make([update]) if update.train.graph else [update.make()]
-            except BaseException as error:  # the training knows what to do about it
-                update = steps.throw(error)
-            else:
-                update = steps.send(Made(loss))
-    except StopIteration as end:
-        return end.value
+    with closing(steps):
+        try:
+            update = next(steps)
+            while True:
+                try:
+                    [loss] = graphs.make([update]) if update.train.graph else [update.make()]
+                except BaseException as error:  # the training knows what to do about it
+                    update = steps.throw(error)
+                else:
+                    update = steps.send(Made(loss))
+        except StopIteration as end:
+            return end.value
 
 
 @dataclass
@@ -42,16 +44,20 @@ class _Lane(Generic[T]):
     """One of the trainings: the step that it waits for, or what has become of it.
 
     What draws from torch's global generators, as dropout does, goes on where this training left
-    them.
+    them. (A graph draws for all of its trainings from one, which goes on from step to step.)
     """
 
     steps: Steps[T]
     update: Update | None = None
     outcome: T | LtnormError | None = None
     random: list[Tensor] | None = None
+    graphed: bool = False
 
     @contextmanager
     def own_numbers(self) -> Iterator[None]:
+        if self.graphed:
+            yield
+            return
         if self.random is not None:
             _set_generators(self.random)
         try:
@@ -78,32 +84,49 @@ class _Lane(Generic[T]):
         with self.own_numbers():
             try:
                 self.update = on()
+                self.graphed = self.update.train.graph
             except StopIteration as end:
                 self.outcome = end.value
             except LtnormError as error:
                 self.outcome = error
 
 
-def together(trainings: Sequence[Steps[T]]) -> list[T | LtnormError]:
+def together(
+    trainings: Sequence[Steps[T]],
+    ended: Sequence[Callable[[T | LtnormError], None]] = (),
+) -> list[T | LtnormError]:
     """Make the steps of several trainings, one of each in turn. One that fails ends alone.
+
+    Args:
+        trainings: which.
+        ended: for each what is told what it comes to, as soon as it has ended.
 
     Returns:
         What each comes to: its result, or why it failed.
     """
     lanes = [_Lane(steps) for steps in trainings]
-    graphs = Graphs()
-    try:
-        with deferred() as stop:
-            for lane in lanes:
-                lane.begin()
-            while going := [lane for lane in lanes if lane.update]:
-                ending = stop.asked
-                _round(going, graphs)
-                if ending:  # each has kept its state by now
-                    stop.deliver()
-    finally:
+    graphs, left = Graphs(), dict(enumerate(lanes))
+
+    def tell() -> None:
+        for number in [number for number, lane in left.items() if not lane.update]:
+            outcome = left.pop(number).outcome
+            if ended:
+                ended[number](outcome)
+
+    with ExitStack() as stack:
         for lane in lanes:
-            lane.steps.close()
+            stack.enter_context(closing(lane.steps))
+        stop = stack.enter_context(deferred())
+        for lane in lanes:
+            with CLOCK.stopped():
+                lane.begin()
+        tell()
+        while left:
+            ending = stop.asked
+            _round(list(left.values()), graphs)
+            tell()
+            if ending:  # each has kept its state by now
+                stop.deliver()
     return [lane.outcome for lane in lanes]
 
 

@@ -154,7 +154,7 @@ def steps(
     with first_making(recipe, out, output, wait) as (directory, output):
         if made := made_since(directory, recipe, data, keeping, first.sha256):
             return made
-        set_computing(recipe.train)
+        set_computing(recipe.train, device)
         with logged(directory, output) as log:
             if recipe.retrain.trains:
                 keeper = keeper_of(directory, recipe, data, device, keeping, output, first.sha256)

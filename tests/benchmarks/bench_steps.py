@@ -72,8 +72,8 @@ def _peer(model: str) -> Peer:
     return Peer(_recipe(model), race.random_pixels(SIZE, PIXELS), SIZE.classes, CPU)
 
 
-def _ours(model: str, precision: str = "fp32", compiled: bool = False) -> race.Ours:
-    variant = bench.Variant("bn", _recipe(model, precision), race.PEER, compiled)
+def _ours(model: str, precision: str = "fp32", compile_: bool = False) -> race.Ours:
+    variant = bench.Variant("bn", _recipe(model, precision), race.PEER, compile_)
     return race.Ours(variant, SIZE, race.random_pixels(SIZE, PIXELS), CPU)
 
 
@@ -129,7 +129,7 @@ CHANGES = {
     "+ channels_last": Change(lambda m: Fed(m, torch.channels_last), "+ our loader"),
     OURS: Change(_ours, "+ channels_last"),
     "bf16": Change(lambda m: _ours(m, "bf16"), OURS),
-    "torch.compile": Change(lambda m: _ours(m, compiled=True), OURS),
+    "torch.compile": Change(lambda m: _ours(m, compile_=True), OURS),
     "fused optimizer": Change(_fused, OURS),
     "in place": Change(_in_place, OURS),
     "memory kept": Change(_keeping_memory, OURS),
