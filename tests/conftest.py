@@ -22,7 +22,14 @@ TINY = {
         "test_per_class": 6,
     },
     "model": {"name": "resnet8"},
-    "train": {"epochs": 2, "batch_size": 16, "lr": 0.05, "warmup_epochs": 1, "crop_padding": 1},
+    "train": {
+        "epochs": 2,
+        "batch_size": 16,
+        "lr": 0.05,
+        "warmup_epochs": 1,
+        "crop_padding": 1,
+        "precision": "fp32",  # the same numbers whatever the CPU multiplies
+    },
 }
 
 
