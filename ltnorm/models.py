@@ -25,10 +25,13 @@ from torch import Tensor, nn
 from ltnorm import registry
 from ltnorm.errors import UsageError
 from ltnorm.norms import convert_norm
+from ltnorm.norms.batch import BatchNorm
+from ltnorm.norms.convert import BATCH_NORMS
 from ltnorm.pretrained import load_pretrained
 
 NormLayer = Callable[[int], nn.Module]
 Stem = Literal["auto", "small", "imagenet"]
+Placement = Literal["all", "first", "last"]
 DropRate = Annotated[float, Field(ge=0, lt=1)]
 
 # Below this height a 7x7 stride-2 stem and a max-pool leave too little to convolve.
@@ -43,6 +46,8 @@ def build(
     image_size: int = 32,
     pretrained: Path | None = None,
     tell: Callable[[str], None] = lambda text: None,
+    norm_layers: Placement = "all",
+    weight_standardization: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Build the backbone `name` of the registry, and try it on an image.
@@ -58,6 +63,9 @@ def build(
         image_size: height of the images; torchvision's networks choose their stem by it.
         pretrained: a file of weights, see `load_pretrained`.
         tell: told if the classifier's weights are not taken from the file.
+        norm_layers: which layers are `norm`, the others staying batch normalization: all, the
+            first alone, or the last ones, at the smallest height.
+        weight_standardization: standardize the filters of all convolutions.
         options: of the model.
 
     Raises:
@@ -66,27 +74,68 @@ def build(
     """
     entry = registry.lookup("model", name)
     family = partial(registry.load(entry.target), entry.variant, num_classes, image_size)
-    if pretrained is None and "norm" in inspect.signature(family).parameters:
+    takes_norm = pretrained is None and "norm" in inspect.signature(family).parameters
+    if takes_norm and norm_layers == "all":
         model = family(norm, **options)
     else:
-        model = family(**options)
+        model = family(BatchNorm, **options) if takes_norm else family(**options)
         if pretrained is not None:
             if left_out := load_pretrained(model, pretrained):
                 tell(f"{', '.join(left_out)}: not as in {pretrained}, which has other classes")
             _check_eps(pretrained, model, norm)
-        model = _with_norm(name, model, norm)
+        model = _with_norm(name, model, norm, norm_layers, image_size)
+    if weight_standardization:
+        standardize_weights(model)
     _try(name, model, num_classes, image_size)
     return model
 
 
-def _with_norm(name: str, model: nn.Module, norm: NormLayer) -> nn.Module:
+def _with_norm(
+    name: str, model: nn.Module, norm: NormLayer, placement: Placement, image_size: int
+) -> nn.Module:
     try:
-        return convert_norm(model, norm)
+        if placement == "all":
+            return convert_norm(model, norm)
+        return convert_norm(model, norm, only=_placed(model, placement, image_size))
     except ValueError as error:
         raise UsageError(
             f"model '{name}' cannot be given a norm: {error}",
             "choose a model with batch normalization, such as resnet18 or timm/resnet26",
         ) from error
+
+
+@torch.no_grad()
+def _placed(model: nn.Module, placement: Placement, image_size: int) -> list[str]:
+    """The paths of the first norm layer that an image comes to, or of all at the last's height."""
+    heights: dict[str, int] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        return lambda module, inputs, output: heights.update({path: output.shape[-2]})
+
+    norms = {path: m for path, m in model.named_modules() if isinstance(m, BATCH_NORMS)}
+    handles = [m.register_forward_hook(note(path)) for path, m in norms.items()]
+    training = model.training
+    model.eval()(torch.zeros(1, 3, image_size, image_size))
+    model.train(training)
+    for handle in handles:
+        handle.remove()
+    called = list(heights)  # in this order
+    if placement == "first":
+        return called[:1]
+    return [path for path in called if heights[path] == heights[called[-1]]]
+
+
+def standardize_weights(model: nn.Module) -> None:
+    """Replace every convolution by one with standardized filters, which has the same weights."""
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Conv2d:
+            module.__class__ = StandardizedConv2d
+        elif isinstance(module, nn.Conv2d):
+            raise UsageError(
+                f"model.weight_standardization: layer '{path}' is a {type(module).__name__}, not "
+                "a plain convolution",
+                "leave it out, or choose a model such as resnet18",
+            )
 
 
 def _check_eps(path: Path, model: nn.Module, norm: NormLayer) -> None:
@@ -169,13 +218,13 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, channels, H / stride, W / stride]."""
-        y = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
         if self.widen:
             x = F.pad(x, (0, 0, 0, 0, self.widen // 2, self.widen - self.widen // 2))
-        return F.relu(y + x)
+        return F.relu(y.add_(x), inplace=True)  # no other memory, which would leave the caches
 
 
 class CifarResNet(nn.Module):
@@ -200,7 +249,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> logits [N, num_classes]."""
-        x = F.relu(self.norm(self.conv(x)))
+        x = F.relu(self.norm(self.conv(x)), inplace=True)
         return self.fc(self.blocks(x).mean(dim=(2, 3)))
 
 
@@ -302,6 +351,20 @@ def check_timm(variant: str) -> None:
     raise UsageError(
         f"timm has no model '{variant}'", f"{hint}timm.list_models() has all {len(names)} of them"
     )
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution by (W - mean) / sqrt(var + 1e-5), mean and var of each filter W
+
+    Weight standardization (Qiao et al. 2019, arXiv 1903.10520), made for GroupNorm. Shapes are
+    those of `torch.nn.Conv2d`; statistics are float32 also under autocast.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H', W']."""
+        var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        weight = (self.weight - mean) * torch.rsqrt(var + 1e-5)
+        return self._conv_forward(input, weight, self.bias)
 
 
 class CosineLinear(nn.Linear):

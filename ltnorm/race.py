@@ -121,7 +121,7 @@ def beyond_the_peer(recipe: Recipe) -> list[str]:
     """The keys of a recipe by which ltnorm would do other work than the peer."""
     plain = validate({})
     keys = ("optimizer", "nesterov", "decay_norm", "clip_grad", "ema", "flip", "color_jitter")
-    keys += ("cutout", "mixup", "cutmix", "auto_augment")
+    keys += ("cutout", "mixup", "cutmix", "auto_augment", "views")
     found = [f"train.{k}" for k in keys if getattr(recipe.train, k) != getattr(plain.train, k)]
     if recipe.train.cropped(files=False) != "padded":
         found.append("train.crop")

@@ -151,20 +151,27 @@ class Dataset(NamedSection):
 class Model(NamedSection):
     """The backbone.
 
-    `pretrained` is the sha256 of the file of weights that it starts from, which a run is given
-    by `--pretrained FILE`.
+    `weight_standardization` gives each filter of its convolutions mean 0 and variance 1 (Qiao et
+    al. 2019, arXiv 1903.10520). `pretrained` is the sha256 of the file of weights that it starts
+    from, which a run is given by `--pretrained FILE`.
     """
 
     kind = "model"
     name: str = "resnet32"
+    weight_standardization: bool = False
     pretrained: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
 
 class Norm(NamedSection):
-    """The normalization layer, with the options of its training objective."""
+    """The normalization layer, with the options of its training objective.
+
+    `layers` are those that it takes, the others being `bn`: the first alone, or the last ones, at
+    the smallest height.
+    """
 
     kind = "norm"
     name: str = "bn"
+    layers: Literal["all", "first", "last"] = "all"
 
 
 class Loss(NamedSection):
@@ -215,7 +222,8 @@ class Train(Section):
     `crop` padded takes a window of the image's own size from the image padded by `crop_padding`,
     resized takes a part of its area in `crop_scale`, as RandomResizedCrop; auto is padded, but
     resized where images stay files. `color_jitter` are the strengths of brightness, contrast,
-    saturation and hue.
+    saturation and hue. `views` are how many times each image of a batch is in it, each time
+    augmented anew.
 
     How it is computed: `compile` puts the model through torch.compile; `graph` replays a step as
     a CUDA graph; `stack` trains the seeds of a command together, step by step; `deterministic`
@@ -226,6 +234,7 @@ class Train(Section):
     steps: PositiveInt | None = None
     seconds: PositiveFloat | None = None
     batch_size: Annotated[int, Field(ge=2)] = 128
+    views: Annotated[int, Field(ge=1, le=16)] = 1
     optimizer: Literal["sgd", "adamw", "sam"] = "sgd"
     lr: PositiveFloat = 0.1
     momentum: Fraction = 0.9

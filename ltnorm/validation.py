@@ -123,6 +123,8 @@ def _conflicts(recipe: Recipe) -> Iterator[Mistake]:
     if train.epochs and train.warmup != Train.model_fields["warmup"].default:
         text = "is of a budget of steps or seconds; of epochs it is train.warmup_epochs"
         yield Mistake("train.warmup", text)
+    if recipe.norm.name == "bn" and recipe.norm.layers != "all":
+        yield Mistake("norm.layers", "has no effect with bn, which the other layers are as well")
     for key, (chosen, needed) in USED_WITH.items():
         changed = getattr(train, key) != Train.model_fields[key].default
         if changed and getattr(train, chosen) not in needed:

@@ -105,6 +105,18 @@ def test_what_cannot_be_converted_changes_nothing():
         convert_norm(nn.BatchNorm2d(4), "compound", colour="red")
 
 
+def test_some_layers_alone_can_be_converted():
+    model = torchvision.models.resnet18()
+    bn1, bn2 = model.bn1, model.layer1[0].bn2
+    convert_norm(model, "compound", only=["layer1.0.bn1"], components=3)
+    assert model.layer1[0].bn1.components == 3
+    assert model.bn1 is bn1
+    assert model.layer1[0].bn2 is bn2
+    with pytest.raises(ValueError, match="no batch normalization at 'conv1'"):
+        convert_norm(model, "gn", only=["bn1", "conv1"])
+    assert model.bn1 is bn1
+
+
 def test_norm_layer_is_what_torchvision_takes():
     model = torchvision.models.resnet18(norm_layer=norm_layer("compound", components=3))
     assert sum(isinstance(m, RoutedNorm) for m in model.modules()) == 20

@@ -55,6 +55,16 @@ def test_a_last_batch_of_one_image_is_dropped():
     assert made.images_per_epoch == 48
 
 
+def test_views_are_the_images_of_a_batch_again_augmented_anew():
+    (made, _), (single, _) = loader(35, size=16, views=3), loader(35, size=16)
+    for batch, plain in zip(made.epoch(2), single.epoch(2), strict=True):
+        views = batch.labels.view(3, -1)
+        assert torch.equal(views, plain.labels.expand(3, -1))
+        images = batch.images.unflatten(0, (3, -1))
+        assert all(not torch.equal(images[0], images[i]) for i in (1, 2))
+    assert (len(made), made.images_per_epoch) == (len(single), 35)
+
+
 @pytest.mark.parametrize("kind", [Resident, Mapped])
 @pytest.mark.parametrize("crop", ["padded", "resized"])
 def test_an_epoch_can_be_entered_in_its_midst(monkeypatch, kind, crop):

@@ -86,6 +86,76 @@ def test_initial_weights_do_not_depend_on_the_norm(name, norm):
 
 
 @pytest.mark.parametrize(
+    ("name", "size", "first", "last"),
+    [
+        ("resnet8", 32, ["norm"], ["blocks.2.norm1", "blocks.2.norm2"]),
+        (
+            "resnet18",
+            32,
+            ["bn1"],
+            [*(f"layer4.{i}.bn{j}" for i in (0, 1) for j in (1, 2)), "layer4.0.downsample.1"],
+        ),
+        ("timm/test_resnet", 64, ["conv1.1"], None),
+    ],
+)
+def test_a_norm_can_take_the_first_or_the_last_layers_alone(name, size, first, last):
+    def build(placement):
+        torch.manual_seed(3)
+        compound = norm_layer("compound")
+        return models.build(name, 10, compound, image_size=size, norm_layers=placement)
+
+    def paths(placement):
+        kind = norm_layer("compound").func
+        return [path for path, m in build(placement).named_modules() if isinstance(m, kind)]
+
+    assert paths("first") == first
+    found, everywhere = paths("last"), set(paths("all"))
+    assert sorted(found) == sorted(last or found)
+    assert found
+    assert set(found) < everywhere
+    mixed = build("last")
+    others = [m for m in mixed.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(others) + len(found) == len(everywhere)
+    torch.manual_seed(3)
+    plain = models.build(name, 10, BN, image_size=size)
+    ours, theirs = (
+        [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        for model in (mixed, plain)
+    )
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_standardized_filters_have_mean_0_and_variance_1_whatever_the_weights():
+    def build(standardized):
+        torch.manual_seed(3)
+        return models.build("resnet8", 10, norm_layer("gn"), weight_standardization=standardized)
+
+    ours, plain = build(True), build(False)
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    images = torch.randn(2, 3, 32, 32)
+    for conv in (ours.conv, ours.blocks[1].conv1):
+        x = torch.randn(2, conv.in_channels, 8, 8)
+        w = conv.weight.detach()
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.var((1, 2, 3), False, keepdim=True).sqrt()
+        assert conv(x).shape[1] == conv.out_channels
+        expected = F.conv2d(x, w, None, conv.stride, conv.padding)
+        torch.testing.assert_close(conv(x), expected, rtol=1e-3, atol=1e-3)
+    before = ours.eval()(images)
+    with torch.no_grad():
+        for module in ours.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(3).add_(0.7)
+    torch.testing.assert_close(ours(images), before, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(plain.eval()(images), before, rtol=1e-2)
+
+
+def test_convolutions_of_a_kind_of_their_own_cannot_be_standardized():
+    model = timm.create_model("resnetv2_50x1_bit")
+    with pytest.raises(UsageError, match="StdConv2d"):
+        models.standardize_weights(model)
+
+
+@pytest.mark.parametrize(
     ("name", "make"),
     [
         ("resnet18", torchvision.models.resnet18),

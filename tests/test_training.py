@@ -93,6 +93,35 @@ def test_compound_with_one_component_trains_as_bn_at_the_cost_of_bn():
     torch.testing.assert_close(one.model.norm.running_mean[0], bn.model.norm.running_mean)
 
 
+def test_one_component_always_on_two_paths_is_bn_under_the_same_objective():
+    images, labels = batch()
+    options = {"dual_path": "always", "aux_gradient": "full", "consistency": 0.5}
+    two = objective(DualPath, norm_options={"components": 1}, **options)
+    two.class_group.zero_()
+    bn = objective(SinglePath, norm="bn")
+    features = []
+    bn.model.fc.register_forward_pre_hook(lambda m, i: features.append(i[0].detach()))
+    expected = bn(images, labels)
+    cosine = nn.functional.cosine_similarity(two.projector(features[0]), features[0]).mean()
+    torch.testing.assert_close(two(images, labels), expected + 0.5 * (1 - cosine))
+    assert two.cost == (2, 2)
+    statistics = objective(DualPath, norm_options={"components": 1}, dual_path="always")
+    statistics.class_group.zero_()
+    torch.testing.assert_close(statistics(images, labels), expected)
+    assert statistics.cost == (2, 1)
+    assert statistics.model.norm.num_batches_tracked == 2
+
+
+def test_two_views_are_counted(tiny_recipe, tiny_set, tmp_path):
+    rows = {}
+    for views in (1, 2):
+        recipe, _ = concrete(tiny_recipe(**{"train.views": views}))
+        rows[views] = run(recipe, tiny_set, tmp_path, Output(quiet=True))
+    assert rows[2].images_processed == 2 * rows[1].images_processed
+    assert rows[2].images_backpropagated == 2 * rows[1].images_backpropagated
+    assert (rows[2].epochs, rows[2].steps) == (rows[1].epochs, rows[1].steps)
+
+
 def test_split_is_routed_by_class_group():
     images, labels = batch()
     routed = objective(RoutedPath, norm="split")

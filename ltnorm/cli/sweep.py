@@ -29,8 +29,9 @@ def _many(flag: str, help_: str) -> Any:
 
 def command(
     context: typer.Context,
-    file: Annotated[
-        Path | None, typer.Argument(metavar="SWEEP.yaml", help="A file that says it all.")
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[SWEEP.yaml]...", help="Files that say it all, a grid each."),
     ] = None,
     norm: Annotated[list[str] | None, _many("--norm", "Norm")] = None,
     loss: Annotated[list[str] | None, _many("--loss", "Loss")] = None,
@@ -114,16 +115,16 @@ def command(
         raise UsageError("--address is of a Ray cluster", "add --launcher ray")
     from ltnorm.reporting import schema
     from ltnorm.sweep import plan as planning
-    from ltnorm.sweep.grid import expand
+    from ltnorm.sweep.grid import expand, together
     from ltnorm.training.log import check as check_log
 
     check_log(log)
     output = Output(quiet=quiet, json=json)
-    asked = _grid(file, context.params)
+    asked = [_grid(file, context.params) for file in files or [None]]
     done: dict[Any, Any] = {}
     planned: list[Job] = []
     with train.interruptible(done, planned, force):
-        cells, warnings = expand(asked)
+        cells, warnings = together(map(expand, asked))
         for warning in warnings:
             output.warn(warning)
         places = (root, data_dir, out)

@@ -144,6 +144,9 @@ class Loader:
         mixing = np.random.default_rng(one_seed(self.seed, epoch, 2))
         order = self._order(epoch, progress)[: self.images_per_epoch]
         size = self.train.batch_size
+        if self.train.views > 1:
+            order = torch.cat([part.repeat(self.train.views) for part in order.split(size)])
+            size *= self.train.views
         places = order.to(self.device).split(size)
         made = self.crops.batches(order, size, rng, first)
         decoded = isinstance(self.crops, Decoded)

@@ -51,6 +51,6 @@ def norm_layer(name: str, **options: Any) -> Callable[[int], nn.Module]:
 
 
 def norm_layers(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """The layers of a model that are of the norm `name`, by their path."""
-    kind = registry.load(registry.lookup("norm", name).target)
-    return {path: m for path, m in model.named_modules() if isinstance(m, kind)}
+    """The layers of a model that are of the norm `name`, or the `bn` beside them, by their path."""
+    kinds = tuple(registry.load(registry.lookup("norm", n).target) for n in (name, "bn"))
+    return {path: m for path, m in model.named_modules() if isinstance(m, kinds)}

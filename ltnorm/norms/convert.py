@@ -1,17 +1,21 @@
 """Swapping the normalization of a model that exists already."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
 
-_BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def convert_norm(
-    model: nn.Module, norm: str | Callable[[int], nn.Module], **options: Any
+    model: nn.Module,
+    norm: str | Callable[[int], nn.Module],
+    *,
+    only: Collection[str] | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Replace every BatchNorm1d, BatchNorm2d and SyncBatchNorm of a model by another norm.
 
@@ -29,6 +33,7 @@ def convert_norm(
         model: changed in place; a bare BatchNorm cannot be, so use what is returned.
         norm: a name, see `ltnorm list norms`, or a function from channels to a new layer, such as
             `norm_layer` gives, which decides on eps and momentum by itself.
+        only: the paths of those that are replaced, as `named_modules` has them; None is all.
         options: of the norm, as for `norm_layer`; only with a name.
 
     Returns:
@@ -36,15 +41,19 @@ def convert_norm(
 
     Raises:
         UsageError: no such norm.
-        ValueError: no such layer in the model, one without running statistics, or an option that
-            the norm lacks. Nothing is changed then.
+        ValueError: no such layer in the model, or none at a path of `only`, one without running
+            statistics, or an option that the norm lacks. Nothing is changed then.
     """
     make = _maker(norm, options)
     found = dict(model.named_modules(remove_duplicate=False))
-    found = {path: m for path, m in found.items() if isinstance(m, _BatchNorm)}
+    found = {path: m for path, m in found.items() if isinstance(m, BATCH_NORMS)}
     if not found:
-        kinds = ", ".join(kind.__name__ for kind in _BatchNorm)
+        kinds = ", ".join(kind.__name__ for kind in BATCH_NORMS)
         raise ValueError(f"the model has no batch normalization to replace ({kinds})")
+    if only is not None:
+        if missing := sorted(set(only) - set(found)):
+            raise ValueError(f"no batch normalization at '{missing[0]}'")
+        found = {path: m for path, m in found.items() if path in only}
     paths = {m: path for path, m in reversed(found.items())}  # a shared layer stays shared
     new = {m: _converted(path, m, make) for m, path in paths.items()}
     made = {path: new[m] for path, m in found.items()}

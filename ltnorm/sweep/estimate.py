@@ -31,7 +31,7 @@ STEPS, SECONDS = 5, 2.0
 # What of `train` changes how long a step takes.
 TIMED = (
     *("batch_size", "optimizer", "precision", "ema", "clip_grad", "color_jitter", "auto_augment"),
-    *("compile", "graph", "deterministic"),
+    *("compile", "graph", "deterministic", "views"),
 )
 
 
@@ -145,7 +145,7 @@ def _measured(job: Job) -> float | None:
     """The seconds of a step, or None if it fails: the median of some, after it is warm."""
     device = resolve_device(job.recipe.device)
     size, classes = _size(job)
-    batch = bench.Batch(job.recipe.train.batch_size, size, classes)
+    batch = bench.Batch(job.recipe.train.batch_size * job.recipe.train.views, size, classes)
     variant = bench.Variant("", job.recipe, "")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

@@ -239,6 +239,17 @@ def expand(grid: Grid) -> tuple[list[Cell], list[str]]:
     return cells, [f"exclude {_shown(exclusion)} matches no run" for exclusion in idle]
 
 
+def together(grids: Iterable[tuple[list[Cell], list[str]]]) -> tuple[list[Cell], list[str]]:
+    """The different runs of several grids that are expanded, in their order, and all warnings."""
+    cells: dict[tuple[str, int], Cell] = {}
+    warnings: list[str] = []
+    for found, told in grids:
+        for cell in found:
+            cells.setdefault((cell.recipe.fingerprint(), cell.recipe.seed), cell)
+        warnings += told
+    return list(cells.values()), warnings
+
+
 def _product(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
     keys = sorted(axes, key=lambda key: key == "seed")
     for values in itertools.product(*(axes[key] for key in keys)):

@@ -68,6 +68,8 @@ def build_model(
         image_size=image_size,
         pretrained=pretrained,
         tell=tell,
+        norm_layers=recipe.norm.layers,
+        weight_standardization=recipe.model.weight_standardization,
         **recipe.model.options,
     )
     loss = build_loss(recipe.loss, counts)

@@ -21,6 +21,7 @@ from ltnorm.norms import route
 from ltnorm.training.objective import SinglePath
 
 AuxGradient = Literal["full", "statistics"]
+DualPathOption = bool | Literal["always"]
 
 
 class DualPath(SinglePath):
@@ -32,7 +33,8 @@ class DualPath(SinglePath):
     Args:
         model, loss, class_group: as `SinglePath`.
         dual_path: False trains the mixture alone, at the cost of one path; so does a single
-            class group, which leaves nothing to tell apart.
+            class group, which leaves nothing to tell apart, unless it is "always": with one
+            component that is batch normalization under the same objective, a control.
         aux_gradient: what the auxiliary path does. "statistics": a forward without gradient
             that only shapes the components, so that L_aux is left out (w = 0). "full": one
             forward over both halves with pooled batch statistics; beware that the class group
@@ -47,13 +49,13 @@ class DualPath(SinglePath):
         loss: nn.Module,
         class_group: Tensor,
         *,
-        dual_path: bool = True,
+        dual_path: DualPathOption = True,
         aux_gradient: AuxGradient = "statistics",
         aux_weight: NonNegativeFloat = 1.0,
         consistency: NonNegativeFloat = 0.0,
     ) -> None:
         super().__init__(model, loss, class_group)
-        self.dual_path = dual_path and bool(class_group.any())
+        self.dual_path = dual_path == "always" or (dual_path and bool(class_group.any()))
         self.aux_gradient = aux_gradient
         self.aux_weight, self.consistency = aux_weight, consistency
         self.projector: nn.Module | None = None
@@ -65,7 +67,7 @@ class DualPath(SinglePath):
 
     @staticmethod
     def check_options(
-        dual_path: bool,
+        dual_path: DualPathOption,
         aux_gradient: AuxGradient,
         aux_weight: float,
         consistency: float,

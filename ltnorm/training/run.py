@@ -331,7 +331,7 @@ def _train(
     objective.to(device=device, memory_format=loader.memory_format)
     average = optim.Average(model, train.ema) if train.ema else None
     if train.compile:
-        compile_training(model, train.batch_size)
+        compile_training(model, train.batch_size * train.views)
     measured = average.model if average else model
     with output.training(label(recipe), expected_epochs(train, len(loader))) as progress:
         epochs = yield from fit(
@@ -390,7 +390,7 @@ def cost_of(
     forward, backward = passes
     gradients = 2 if train.optimizer == "sam" else 1  # a step
     return Cost(
-        epochs=images / images_per_epoch,
+        epochs=images / (images_per_epoch * train.views),
         steps=sum(epoch.steps for epoch in epochs),
         images_processed=forward * gradients * images,
         images_backpropagated=backward * gradients * images,
