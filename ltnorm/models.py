@@ -202,6 +202,14 @@ def heads(model: nn.Module) -> list[nn.Module]:
     return list(head) if isinstance(head, tuple) else [head]
 
 
+def _activated(y: Tensor, norm: nn.Module) -> Tensor:
+    """ReLU of what a norm layer gave; in place, so that no other memory leaves the caches.
+
+    But for layers that return a view: autograd would copy its gradient.
+    """
+    return F.relu(y, inplace=isinstance(norm, nn.BatchNorm2d))
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (option A).
 
@@ -218,13 +226,13 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, channels, H / stride, W / stride]."""
-        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = _activated(self.norm1(self.conv1(x)), self.norm1)
         y = self.norm2(self.conv2(y))
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
         if self.widen:
             x = F.pad(x, (0, 0, 0, 0, self.widen // 2, self.widen - self.widen // 2))
-        return F.relu(y.add_(x), inplace=True)  # no other memory, which would leave the caches
+        return F.relu(y + x, inplace=True)
 
 
 class CifarResNet(nn.Module):
@@ -249,7 +257,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> logits [N, num_classes]."""
-        x = F.relu(self.norm(self.conv(x)), inplace=True)
+        x = _activated(self.norm(self.conv(x)), self.norm)
         return self.fc(self.blocks(x).mean(dim=(2, 3)))
 
 
