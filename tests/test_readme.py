@@ -19,6 +19,7 @@ from ltnorm import registry
 from ltnorm.cli import main
 
 PROJECT = Path(__file__).parent.parent
+ADDING = PROJECT / "docs" / "adding.md"
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 SMALLER = "--epochs 1 --batch-size 32 --model resnet8 --n-max 100 --seeds 0"
 HELD_OUT = "--val 10 --eval-split val"  # 10,000 test images take long
@@ -86,8 +87,9 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
 
 
-def test_the_python_examples_of_the_readme_run():
-    library, norm = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), flags=re.DOTALL)
+def test_the_python_examples_run():
+    [library] = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), flags=re.DOTALL)
+    [norm] = re.findall(r"```python\n(.*?)```", ADDING.read_text(), flags=re.DOTALL)
     names = _run(library)
     assert names["logits"].shape == (8, 100)
     rms = _run(norm)["RMSNorm2d"](4)(torch.randn(2, 4, 3, 3)).square().mean(1).sqrt()
@@ -100,9 +102,9 @@ def _run(example: str) -> dict:
     return names
 
 
-def test_the_norm_of_the_readme_is_added_by_its_one_line(monkeypatch, tmp_path, capsys):
-    _, norm = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), flags=re.DOTALL)
-    [line] = re.findall(r'^"rms": (Entry\(.*\)),$', PAGES[0].read_text(), flags=re.MULTILINE)
+def test_the_norm_of_the_page_is_added_by_its_one_line(monkeypatch, tmp_path, capsys):
+    [norm] = re.findall(r"```python\n(.*?)```", ADDING.read_text(), flags=re.DOTALL)
+    [line] = re.findall(r'^"rms": (Entry\(.*\)),$', ADDING.read_text(), flags=re.MULTILINE)
     module = types.ModuleType("ltnorm.norms.rms")
     monkeypatch.setitem(sys.modules, "ltnorm.norms.rms", module)
     exec(norm, module.__dict__)
@@ -116,7 +118,9 @@ def test_the_norm_of_the_readme_is_added_by_its_one_line(monkeypatch, tmp_path, 
 def test_pages_have_no_placeholders_and_their_links_resolve():
     for page in [*PAGES, PROJECT / "results" / "README.md"]:
         text = page.read_text()
-        assert not re.findall(r"^(?:OUTPUT|VALIDATION|REFERENCE|TODO)$", text, flags=re.MULTILINE)
+        assert not re.findall(
+            r"^(?:OUTPUT|VALIDATION|REFERENCE|TODO|@[A-Z0-9]+@)$", text, flags=re.MULTILINE
+        )
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 

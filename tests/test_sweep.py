@@ -186,18 +186,28 @@ def test_all_mistakes_of_a_sweep_are_told_at_once(ltnorm, failing, tmp_path):
     assert "loss.beta: has an effect only with effective weights (where loss=ce)" in told
 
 
-def test_several_files_are_one_sweep_that_makes_what_they_share_once(ltnorm, tmp_path):
-    for name, axes in {
-        "a": {"norm": ["bn", "gn"], "train.lr": [0.1], "seed": "0-1"},
-        "b": {"norm": ["gn", "compound"], "train.lr": [0.1, 0.2], "seed": 0},
-    }.items():
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"recipe": "smoke", "grid": axes}))
-    answer = ltnorm("sweep a.yaml b.yaml --dry-run --no-estimate --json")
-    assert answer.code == 0, answer.err
-    cells = [run["cell"] for run in json.loads(answer.out)["runs"]]
-    found = [(c["norm"], c["train.lr"], c["seed"]) for c in cells]
-    first = [("bn", 0.1, 0), ("bn", 0.1, 1), ("gn", 0.1, 0), ("gn", 0.1, 1)]
-    assert found == [*first, ("gn", 0.2, 0), ("compound", 0.1, 0), ("compound", 0.2, 0)]
+def test_several_grids_are_one_sweep_that_makes_what_they_share_once(ltnorm, failing, tmp_path):
+    grids = [
+        {"recipe": "smoke", "grid": axes}
+        for axes in (
+            {"norm": ["bn", "gn"], "train.lr": [0.1], "seed": "0-1"},
+            {"norm": ["gn", "compound"], "train.lr": [0.1, 0.2], "seed": 0},
+        )
+    ]
+    (tmp_path / "both.yaml").write_text("# both\n---\n" + yaml.safe_dump_all(grids))
+    for name, content in zip("ab", grids, strict=True):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    for files in ("a.yaml b.yaml", "both.yaml"):
+        answer = ltnorm(f"sweep {files} --dry-run --no-estimate --json")
+        assert answer.code == 0, answer.err
+        cells = [run["cell"] for run in json.loads(answer.out)["runs"]]
+        found = [(c["norm"], c["train.lr"], c["seed"]) for c in cells]
+        first = [("bn", 0.1, 0), ("bn", 0.1, 1), ("gn", 0.1, 0), ("gn", 0.1, 1)]
+        assert found == [*first, ("gn", 0.2, 0), ("compound", 0.1, 0), ("compound", 0.2, 0)]
+    (tmp_path / "bad.yaml").write_text("grid: {norm: bn}\n---\ngrid: {norm: []}\nsets: {}\n")
+    told = failing("sweep bad.yaml", code=2)
+    assert "grid 2: sets: unknown key" in told
+    assert "grid 2: grid.norm: an axis" in told
 
 
 def test_flags_win_over_the_file(ltnorm, tmp_path):

@@ -120,7 +120,7 @@ def command(
 
     check_log(log)
     output = Output(quiet=quiet, json=json)
-    asked = [_grid(file, context.params) for file in files or [None]]
+    asked = _grids(files or (), context.params)
     done: dict[Any, Any] = {}
     planned: list[Job] = []
     with train.interruptible(done, planned, force):
@@ -148,12 +148,18 @@ def command(
             _show(planned, work, output)
 
 
-def _grid(file: Path | None, flags: Mapping[str, Any]) -> "Grid":
-    """The grid of a file, and of flags, which win over it."""
-    from ltnorm import resolve
-    from ltnorm.sweep.grid import Grid, read_grid
+def _grids(files: Sequence[Path], flags: Mapping[str, Any]) -> "list[Grid]":
+    """The grids of files, or of flags alone."""
+    from ltnorm.sweep.grid import Grid, read_grids
 
-    asked = read_grid(file) if file else Grid()
+    grids = [grid for file in files for grid in read_grids(file)] or [Grid()]
+    return [_with_flags(grid, flags) for grid in grids]
+
+
+def _with_flags(asked: "Grid", flags: Mapping[str, Any]) -> "Grid":
+    """A grid with flags, which win over it."""
+    from ltnorm import resolve
+
     asked.recipe = flags["recipe"] or asked.recipe
     for name in AXES:
         if flags[name]:

@@ -4,6 +4,8 @@ recipe: cifar10-lt                  a name or a path; else the data set's own
 set: {train.epochs: 100}            for all runs
 grid: {norm: [bn, gn], ratio: [10, 100], train.lr: [0.1, 0.2], seed: 0-4}
 exclude: [{norm: gn, train.lr: 0.2}]
+
+A file can hold several such grids, with a line --- between them.
 """
 
 import itertools
@@ -116,14 +118,28 @@ def _values(path: str, values: Any) -> list[Any]:
     return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
-def read_grid(path: Path) -> Grid:
-    """The grid of a file.
+def read_grids(path: Path) -> list[Grid]:
+    """The grids of a file.
 
     Raises:
         UsageError: with every mistake and its dotted path in one message.
     """
-    data = _read(path)
-    mistakes = [
+    mistakes: list[Mistake] = []
+    grids = []
+    documents = _read(path)
+    for number, data in enumerate(documents, start=1):
+        found: list[Mistake] = []
+        grids.append(_grid(data, path, found))
+        of = f"grid {number}: " if len(documents) > 1 else ""
+        mistakes += [Mistake(of + m.path, m.text, m.hint) for m in found]
+    if mistakes:
+        raise _in_file(report(mistakes), path)
+    return grids
+
+
+def _grid(data: Mapping[str, Any], path: Path, mistakes: list[Mistake]) -> Grid:
+    """The grid of a document, and what is wrong with it."""
+    mistakes += [
         Mistake(str(key), "unknown key", did_you_mean(str(key), KEYS))
         for key in data
         if key not in KEYS
@@ -154,14 +170,13 @@ def read_grid(path: Path) -> Grid:
             grid.exclude({str(key): value for key, value in exclusion.items()})
         except UsageError as error:
             mistakes.append(Mistake(f"exclude.{i}", error.message, error.hint))
-    if mistakes:
-        raise _in_file(report(mistakes), path)
     return grid
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> list[Mapping[str, Any]]:
+    """The documents of a file; empty ones, as before a first ---, are none."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise UsageError(f"no sweep {path}", "name a YAML file, or give --norm, --grid") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -173,7 +188,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         json.dumps(data, default=str)
     except (ValueError, RecursionError, TypeError) as error:
         raise UsageError(f"{path}: contains itself", "see the &anchors in it") from error
-    if not isinstance(data, Mapping):
+    data = [document for document in data if document is not None] or data
+    if not data or not all(isinstance(document, Mapping) for document in data):
         hint = "a sweep starts like `grid: {norm: [bn, gn], seed: 0-4}`"
         raise UsageError(f"{path}: not a mapping of {', '.join(KEYS)}", hint)
     return data
