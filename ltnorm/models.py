@@ -34,6 +34,7 @@ Stem = Literal["auto", "small", "imagenet"]
 Placement = Literal["all", "first", "last"]
 DropRate = Annotated[float, Field(ge=0, lt=1)]
 
+OTHER = "choose another model, norm or image size"
 # Below this height a 7x7 stride-2 stem and a max-pool leave too little to convolve.
 SMALL_IMAGE = 64
 
@@ -63,8 +64,8 @@ def build(
         image_size: height of the images; torchvision's networks choose their stem by it.
         pretrained: a file of weights, see `load_pretrained`.
         tell: told if the classifier's weights are not taken from the file.
-        norm_layers: which layers are `norm`, the others staying batch normalization: all, the
-            first alone, or the last ones, at the smallest height.
+        norm_layers: which layers are `norm`: all, the first alone, or the last ones, at the
+            smallest height. The others are `bn`, with the eps and momentum of `norm`.
         weight_standardization: standardize the filters of all convolutions.
         options: of the model.
 
@@ -74,29 +75,37 @@ def build(
     """
     entry = registry.lookup("model", name)
     family = partial(registry.load(entry.target), entry.variant, num_classes, image_size)
-    takes_norm = pretrained is None and "norm" in inspect.signature(family).parameters
-    if takes_norm and norm_layers == "all":
-        model = family(norm, **options)
+    everywhere = norm if norm_layers == "all" else _bn_like(norm)
+    if pretrained is None and "norm" in inspect.signature(family).parameters:
+        model = family(everywhere, **options)
     else:
-        model = family(BatchNorm, **options) if takes_norm else family(**options)
+        model = family(**options)
         if pretrained is not None:
             if left_out := load_pretrained(model, pretrained):
                 tell(f"{', '.join(left_out)}: not as in {pretrained}, which has other classes")
-            _check_eps(pretrained, model, norm)
-        model = _with_norm(name, model, norm, norm_layers, image_size)
+            _check_eps(pretrained, model, everywhere)
+        model = _with_norm(name, model, everywhere)
+    if norm_layers != "all":
+        some = _placed(name, model, norm_layers, image_size)
+        model = _with_norm(name, model, norm, only=some)
     if weight_standardization:
         standardize_weights(model)
     _try(name, model, num_classes, image_size)
     return model
 
 
+def _bn_like(norm: NormLayer) -> NormLayer:
+    """Batch normalization with the eps and momentum of a norm, where it has them."""
+    layer = norm(8)
+    own = {key: getattr(layer, key, None) for key in ("eps", "momentum")}
+    return partial(BatchNorm, **{key: value for key, value in own.items() if value is not None})
+
+
 def _with_norm(
-    name: str, model: nn.Module, norm: NormLayer, placement: Placement, image_size: int
+    name: str, model: nn.Module, norm: NormLayer, only: list[str] | None = None
 ) -> nn.Module:
     try:
-        if placement == "all":
-            return convert_norm(model, norm)
-        return convert_norm(model, norm, only=_placed(model, placement, image_size))
+        return convert_norm(model, norm, only=only)
     except ValueError as error:
         raise UsageError(
             f"model '{name}' cannot be given a norm: {error}",
@@ -104,8 +113,7 @@ def _with_norm(
         ) from error
 
 
-@torch.no_grad()
-def _placed(model: nn.Module, placement: Placement, image_size: int) -> list[str]:
+def _placed(name: str, model: nn.Module, placement: Placement, image_size: int) -> list[str]:
     """The paths of the first norm layer that an image comes to, or of all at the last's height."""
     heights: dict[str, int] = {}
 
@@ -114,11 +122,11 @@ def _placed(model: nn.Module, placement: Placement, image_size: int) -> list[str
 
     norms = {path: m for path, m in model.named_modules() if isinstance(m, BATCH_NORMS)}
     handles = [m.register_forward_hook(note(path)) for path, m in norms.items()]
-    training = model.training
-    model.eval()(torch.zeros(1, 3, image_size, image_size))
-    model.train(training)
-    for handle in handles:
-        handle.remove()
+    try:
+        _evaluate(name, model, image_size)
+    finally:
+        for handle in handles:
+            handle.remove()
     called = list(heights)  # in this order
     if placement == "first":
         return called[:1]
@@ -151,19 +159,24 @@ def _check_eps(path: Path, model: nn.Module, norm: NormLayer) -> None:
         )
 
 
-@torch.no_grad()
 def _try(name: str, model: nn.Module, num_classes: int, image_size: int) -> None:
     """Evaluate one image: what does not fit together is found before work starts."""
+    logits = _evaluate(name, model, image_size)
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        raise UsageError(f"model '{name}' does not give one logit a class", OTHER)
+
+
+@torch.no_grad()
+def _evaluate(name: str, model: nn.Module, image_size: int) -> object:
+    """What a model gives for one image; it is in training mode afterwards."""
     size = f"{image_size}x{image_size}"
-    hint = "choose another model, norm or image size"
     try:
-        logits = model.eval()(torch.zeros(1, 3, image_size, image_size))
+        return model.eval()(torch.zeros(1, 3, image_size, image_size))
     except Exception as error:  # models check their input in many ways
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(f"model '{name}' fails on images of {size}: {reason}", hint) from error
-    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
-        raise UsageError(f"model '{name}' does not give one logit a class", hint)
-    model.train()
+        raise UsageError(f"model '{name}' fails on images of {size}: {reason}", OTHER) from error
+    finally:
+        model.train()
 
 
 def classifier(model: nn.Module) -> nn.Linear:

@@ -125,6 +125,8 @@ def beyond_the_peer(recipe: Recipe) -> list[str]:
     found = [f"train.{k}" for k in keys if getattr(recipe.train, k) != getattr(plain.train, k)]
     if recipe.train.cropped(files=False) != "padded":
         found.append("train.crop")
+    if recipe.model.weight_standardization:
+        found.append("model.weight_standardization")
     return found + [k for k in ("loss", "sampler") if getattr(recipe, k) != getattr(plain, k)]
 
 

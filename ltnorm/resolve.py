@@ -148,7 +148,13 @@ def parse_set(item: str) -> tuple[str, Any]:
 
 
 def _has_option(norm: str, option: str) -> bool:
-    return option in registry.options_model("norm", norm).model_fields
+    return option in _options(norm)
+
+
+def _options(norm: str) -> set[str]:
+    """What can be set of a norm: its options, and which layers it takes, `bn` being all others."""
+    own = set(registry.options_model("norm", norm).model_fields)
+    return own | (common_fields("norm") - {"name"} if norm != "bn" else set())
 
 
 def _check_norm_options(
@@ -158,7 +164,7 @@ def _check_norm_options(
         option = key.removeprefix("norm.")
         if not norms or option == key or any(_has_option(n, option) for n in norms):
             continue
-        known = sorted({o for n in norms for o in registry.options_model("norm", n).model_fields})
+        known = sorted({option for norm in norms for option in _options(norm)})
         text = f"none of the norms ({', '.join(norms)}) has an option '{option}'"
         mistakes.append(Mistake(key, text, did_you_mean(option, known)))
 
@@ -178,7 +184,10 @@ def _put(data: dict[str, Any], path: str, value: Any) -> None:
         node = child
     section = ".".join(parents)
     if last == "name" and section in NAMED and node.get("name", value) != value:
-        for key in set(node) - common_fields(section):
+        kept = common_fields(section)
+        if section == "norm" and value == "bn":  # which has no other layers beside it
+            kept -= {"layers"}
+        for key in set(node) - kept:
             del node[key]
     for key in _contradicted(section, last, value, node):
         node.pop(key, None)

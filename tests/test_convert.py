@@ -115,6 +115,15 @@ def test_some_layers_alone_can_be_converted():
     with pytest.raises(ValueError, match="no batch normalization at 'conv1'"):
         convert_norm(model, "gn", only=["bn1", "conv1"])
     assert model.bn1 is bn1
+    with pytest.raises(ValueError, match="no path"):
+        convert_norm(model, "gn", only=[])
+    convert_norm(model, "gn", only="bn1")
+    assert model.bn1 is not bn1
+    shared = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+    shared.append(shared[0])
+    convert_norm(shared, "ln", only=(path for path in ["0"]))
+    assert shared[2] is shared[0]
+    assert not isinstance(shared[0], nn.BatchNorm2d)
 
 
 def test_norm_layer_is_what_torchvision_takes():

@@ -11,7 +11,7 @@ from torch import nn
 
 from ltnorm import models, registry
 from ltnorm.errors import UsageError
-from ltnorm.norms import norm_layer
+from ltnorm.norms import norm_layer, norm_layers
 from ltnorm.norms.batch import BatchNorm
 from ltnorm.pretrained import load_pretrained, pretrained_sha256
 from ltnorm.training import checkpoint
@@ -123,6 +123,37 @@ def test_a_norm_can_take_the_first_or_the_last_layers_alone(name, size, first, l
         for model in (mixed, plain)
     )
     assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "timm/test_resnet"])
+def test_layers_beside_a_norm_are_bn_with_its_eps_from_a_file_or_not(name, tmp_path):
+    size = 64
+    own = trained(models.build(name, 5, BN, image_size=size), size)
+    if name.startswith("timm"):
+        source = timm.create_model(name.removeprefix("timm/"), num_classes=5)
+    else:
+        source = torchvision.models.mobilenet_v3_small(num_classes=5)
+    path = tmp_path / "w.pth"
+    torch.save(trained(source, size).state_dict(), path)
+    eps = next(m.eps for m in source.modules() if isinstance(m, nn.BatchNorm2d))
+    norm = norm_layer("compound", components=1, eps=eps)
+    options = {"image_size": size, "norm_layers": "first", "stem": "imagenet"}
+    if name.startswith("timm"):
+        del options["stem"]
+    loaded = models.build(name, 5, norm, pretrained=path, **options)
+    assert not torch_batch_norms(loaded)
+    images = torch.randn(3, 3, size, size)
+    torch.testing.assert_close(loaded.eval()(images), source(images), rtol=1e-3, atol=1e-3)
+    again = models.build(name, 5, norm, **options)
+    again.load_state_dict(loaded.state_dict())
+    assert torch.equal(again.eval()(images), loaded(images))
+    assert len(norm_layers(again, "compound")) == len(norm_layers(own, "bn"))
+
+
+def test_layers_are_not_looked_for_in_a_model_that_takes_no_such_images():
+    options = {"image_size": 32, "norm_layers": "last"}
+    with pytest.raises(UsageError, match="fails on images of 32x32"):
+        models.build("timm/levit_128s", 5, BN, **options)
 
 
 def test_standardized_filters_have_mean_0_and_variance_1_whatever_the_weights():

@@ -92,7 +92,8 @@ def reference_step(layer, x, groups=None):
     log_density = -0.5 * (gap.square() / var + var.log() + math.log(2 * math.pi)).sum(-1)
     if layer.assign == "image":
         log_density = log_density.mean(1, keepdim=True).expand(n, h * w, components)
-    r = (tau.log() + log_density / (layer.temperature * math.sqrt(c))).softmax(-1)
+    prior = tau if layer.prior == "weights" else torch.ones_like(tau)
+    r = (prior.log() + log_density / (layer.temperature * math.sqrt(c))).softmax(-1)
     if groups is not None:
         for i, group in enumerate(groups.tolist()):
             if group >= 0:
@@ -129,12 +130,13 @@ def reference_step(layer, x, groups=None):
     assign=st.sampled_from(["image", "position"]),
     affine=st.sampled_from(["component", "shared"]),
     temperature=st.sampled_from([0.3, 1.0, 3.0]),
+    prior=st.sampled_from(["weights", "uniform"]),
     pseudo_count=st.sampled_from([None, 0.0, 2.5]),
     routed=st.sampled_from(["none", "some", "all"]),
     seed=st.integers(0, 10**6),
 )
 def test_a_training_step_is_the_equations(
-    n, c, size, components, assign, affine, temperature, pseudo_count, routed, seed
+    n, c, size, components, assign, affine, temperature, prior, pseudo_count, routed, seed
 ):
     layer = CompoundBatchNorm(
         c,
@@ -142,6 +144,7 @@ def test_a_training_step_is_the_equations(
         assign=assign,
         affine=affine,
         temperature=temperature,
+        prior=prior,
         pseudo_count=pseudo_count,
     ).double()
     generator = torch.Generator().manual_seed(seed)

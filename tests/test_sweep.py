@@ -208,6 +208,39 @@ def test_several_grids_are_one_sweep_that_makes_what_they_share_once(ltnorm, fai
     told = failing("sweep bad.yaml", code=2)
     assert "grid 2: sets: unknown key" in told
     assert "grid 2: grid.norm: an axis" in told
+    # A flag's exclusion is for the grids that have its axes, and may leave one of them empty.
+    one = {"recipe": "smoke", "grid": {"loss": ["ce", "focal"], "norm": ["gn"]}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(one))
+    answer = ltnorm("sweep a.yaml c.yaml --exclude loss=focal,ce --dry-run --no-estimate --json")
+    assert answer.code == 0, answer.err
+    assert len(json.loads(answer.out)["runs"]) == 4
+    assert "c.yaml: every run is excluded" in answer.err
+    assert "no axis" in failing("sweep a.yaml c.yaml --exclude ratio=5", code=2)
+    (tmp_path / "d.yaml").write_text("set: {train.lrr: 1}\n")
+    assert "d.yaml: train.lrr: unknown" in failing("sweep a.yaml d.yaml", code=2)
+
+
+def test_a_precision_that_is_found_out_makes_no_second_run(ltnorm, tmp_path):
+    axes = {"norm": ["bn"], "train.precision": ["auto", "fp32", "bf16"], "seed": "0-1"}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"recipe": "smoke", "grid": axes}))
+    answer = ltnorm("sweep s.yaml --dry-run --no-estimate --json")
+    runs = [run["directory"] for run in json.loads(answer.out)["runs"]]
+    assert len(runs) == len(set(runs)) == 4
+
+
+def test_the_layers_of_a_norm_are_an_axis_but_of_bn(ltnorm, failing):
+    answer = ltnorm(
+        "sweep --recipe smoke --norm bn --norm gn --grid norm.layers=all,first "
+        "--dry-run --no-estimate --json"
+    )
+    cells = [run["cell"] for run in json.loads(answer.out)["runs"]]
+    assert [(c["norm"], c.get("norm.layers")) for c in cells] == [
+        *(("bn", None), ("gn", "all"), ("gn", "first"))
+    ]
+    flags = "train --recipe smoke --set norm.layers=first --dry-run --json"
+    answer = ltnorm(f"{flags} --norm bn --norm gn")
+    assert answer.code == 0, answer.err
+    assert "has an option 'layers'" in failing(f"{flags} --norm bn", code=2)
 
 
 def test_flags_win_over_the_file(ltnorm, tmp_path):

@@ -115,7 +115,7 @@ def command(
         raise UsageError("--address is of a Ray cluster", "add --launcher ray")
     from ltnorm.reporting import schema
     from ltnorm.sweep import plan as planning
-    from ltnorm.sweep.grid import expand, together
+    from ltnorm.sweep.grid import expand_all
     from ltnorm.training.log import check as check_log
 
     check_log(log)
@@ -124,7 +124,7 @@ def command(
     done: dict[Any, Any] = {}
     planned: list[Job] = []
     with train.interruptible(done, planned, force):
-        cells, warnings = together(map(expand, asked))
+        cells, warnings = expand_all(asked)
         for warning in warnings:
             output.warn(warning)
         places = (root, data_dir, out)
@@ -150,10 +150,17 @@ def command(
 
 def _grids(files: Sequence[Path], flags: Mapping[str, Any]) -> "list[Grid]":
     """The grids of files, or of flags alone."""
-    from ltnorm.sweep.grid import Grid, read_grids
+    from ltnorm.sweep.grid import Grid, path_of, read_grids
 
     grids = [grid for file in files for grid in read_grids(file)] or [Grid()]
-    return [_with_flags(grid, flags) for grid in grids]
+    grids = [_with_flags(grid, flags) for grid in grids]
+    for item in flags["exclude"] or ():
+        exclusion = dict(_assignments(item))
+        paths = {path_of(key) for key in exclusion}
+        # Of several grids those that have these axes; where none has, all say so.
+        for grid in [grid for grid in grids if paths <= grid.axes.keys()] or grids:
+            grid.exclude(exclusion)
+    return grids
 
 
 def _with_flags(asked: "Grid", flags: Mapping[str, Any]) -> "Grid":
@@ -178,8 +185,6 @@ def _with_flags(asked: "Grid", flags: Mapping[str, Any]) -> "Grid":
         from ltnorm.pretrained import pretrained_sha256
 
         asked.fix("model.pretrained", pretrained_sha256(flags["pretrained"]))
-    for item in flags["exclude"] or ():
-        asked.exclude(dict(_assignments(item)))
     return asked
 
 

@@ -63,6 +63,9 @@ class CompoundBatchNorm(RoutedNorm):
             a position ("position").
         momentum: weight of a new batch in the moving averages, in (0, 1].
         temperature: softness of the responsibilities, above 0.
+        prior: what stands for tau in the E-step: the running mixing weights ("weights"), or the
+            same for all components ("uniform"), so that rare ones need not be far away to be
+            taken. The moving averages have the mixing weights in any case.
         affine: a weight and bias for each component ("component") or one for all ("shared").
         pseudo_count: weight of the running moments in the M-step, in images (n0 is this times
             L); None is 1, or 0 for one component. An empty component uses its running moments.
@@ -87,6 +90,7 @@ class CompoundBatchNorm(RoutedNorm):
         assign: Literal["image", "position"] = "image",
         momentum: Momentum = 0.1,
         temperature: PositiveFloat = 1.0,
+        prior: Literal["weights", "uniform"] = "weights",
         affine: Literal["component", "shared"] = "component",
         pseudo_count: NonNegativeFloat | None = None,
         groups: GroupRule = "rank",
@@ -99,6 +103,7 @@ class CompoundBatchNorm(RoutedNorm):
         self.components, self.assign = components, assign
         self.reads_state = components > 1
         self.momentum, self.temperature, self.eps = momentum, temperature, eps
+        self.prior = prior
         self.pseudo_count, self.groups = pseudo_count, groups
         rows = components if affine == "component" else 1
         self.weight = nn.Parameter(torch.ones(rows, channels))
@@ -217,6 +222,8 @@ class CompoundBatchNorm(RoutedNorm):
         self, x: Tensor, mixture: Mixture, shift: Tensor, moments: ImageMoments | None = None
     ) -> Tensor:
         sharpness = 1 / (self.temperature * self.channels**0.5)
+        if self.prior == "uniform":
+            mixture = mixture._replace(weight=torch.ones_like(mixture.weight))
         if self.assign == "position":
             return posterior(x, mixture, shift, None, sharpness)
         moments = moments or image_moments(x, shift)

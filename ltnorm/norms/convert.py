@@ -1,7 +1,7 @@
 """Swapping the normalization of a model that exists already."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ def convert_norm(
     model: nn.Module,
     norm: str | Callable[[int], nn.Module],
     *,
-    only: Collection[str] | None = None,
+    only: str | Iterable[str] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Replace every BatchNorm1d, BatchNorm2d and SyncBatchNorm of a model by another norm.
@@ -33,7 +33,8 @@ def convert_norm(
         model: changed in place; a bare BatchNorm cannot be, so use what is returned.
         norm: a name, see `ltnorm list norms`, or a function from channels to a new layer, such as
             `norm_layer` gives, which decides on eps and momentum by itself.
-        only: the paths of those that are replaced, as `named_modules` has them; None is all.
+        only: the path or paths of those that are replaced, as `named_modules` has them; None is
+            all.
         options: of the norm, as for `norm_layer`; only with a name.
 
     Returns:
@@ -51,9 +52,13 @@ def convert_norm(
         kinds = ", ".join(kind.__name__ for kind in BATCH_NORMS)
         raise ValueError(f"the model has no batch normalization to replace ({kinds})")
     if only is not None:
-        if missing := sorted(set(only) - set(found)):
+        wanted = {only} if isinstance(only, str) else set(only)
+        if missing := sorted(wanted - set(found)):
             raise ValueError(f"no batch normalization at '{missing[0]}'")
-        found = {path: m for path, m in found.items() if path in only}
+        if not wanted:
+            raise ValueError("only: no path, so that nothing would be replaced")
+        chosen = {found[path] for path in wanted}  # a shared layer by all its paths
+        found = {path: m for path, m in found.items() if m in chosen}
     paths = {m: path for path, m in reversed(found.items())}  # a shared layer stays shared
     new = {m: _converted(path, m, make) for m, path in paths.items()}
     made = {path: new[m] for path, m in found.items()}

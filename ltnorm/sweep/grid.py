@@ -41,6 +41,13 @@ TRAIN_BUDGETS = [f"train.{unit}" for unit in BUDGETS]
 APART = ("device", "workers", "eval.every")
 
 
+class AllExcluded(UsageError):
+    """Nothing is left of a sweep."""
+
+    def __init__(self) -> None:
+        super().__init__("every run of the grid is excluded", "see `exclude` of the sweep")
+
+
 @dataclass
 class Grid:
     """A grid of runs, and what all of them share; keys are dotted paths.
@@ -50,12 +57,14 @@ class Grid:
         axes: key -> values.
         fixed: key -> the value of all runs.
         exclusions: a cell that has one of the values of each key is left out.
+        name: where it stands, among several.
     """
 
     recipe: str | None = None
     axes: dict[str, list[Any]] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     exclusions: list[dict[str, list[Any]]] = field(default_factory=list)
+    name: str = ""
 
     def fix(self, key: str, value: Any) -> None:
         """Give all runs a value; what was said of the key before is void."""
@@ -129,8 +138,10 @@ def read_grids(path: Path) -> list[Grid]:
     documents = _read(path)
     for number, data in enumerate(documents, start=1):
         found: list[Mistake] = []
-        grids.append(_grid(data, path, found))
+        grid = _grid(data, path, found)
         of = f"grid {number}: " if len(documents) > 1 else ""
+        grid.name = f"{path}: {of}".removesuffix(": ")
+        grids.append(grid)
         mistakes += [Mistake(of + m.path, m.text, m.hint) for m in found]
     if mistakes:
         raise _in_file(report(mistakes), path)
@@ -250,19 +261,35 @@ def expand(grid: Grid) -> tuple[list[Cell], list[str]]:
         error = report(list(dict.fromkeys(mistakes)))
         raise UsageError(error.message.replace("in the recipe", "in the sweep"), error.hint)
     if not cells:
-        raise UsageError("every run of the grid is excluded", "see `exclude` of the sweep")
+        raise AllExcluded
     idle = [e for e, m in zip(grid.exclusions, matched, strict=True) if not m]
     return cells, [f"exclude {_shown(exclusion)} matches no run" for exclusion in idle]
 
 
-def together(grids: Iterable[tuple[list[Cell], list[str]]]) -> tuple[list[Cell], list[str]]:
-    """The different runs of several grids that are expanded, in their order, and all warnings."""
+def expand_all(grids: Sequence[Grid]) -> tuple[list[Cell], list[str]]:
+    """As `expand`, of several grids in their order; what they share comes once.
+
+    Raises:
+        UsageError: what is wrong with the first of them that has mistakes; all cells of all of
+            them are excluded.
+    """
     cells: dict[tuple[str, int], Cell] = {}
     warnings: list[str] = []
-    for found, told in grids:
+    for grid in grids:
+        where = f"{grid.name}: " if len(grids) > 1 and grid.name else ""
+        try:
+            found, told = expand(grid)
+        except AllExcluded:
+            if len(grids) == 1:
+                raise
+            found, told = [], ["every run is excluded"]
+        except UsageError as error:
+            raise UsageError(where + error.message, error.hint) from error
         for cell in found:
             cells.setdefault((cell.recipe.fingerprint(), cell.recipe.seed), cell)
-        warnings += told
+        warnings += [where + text for text in told]
+    if not cells:
+        raise AllExcluded
     return list(cells.values()), warnings
 
 
@@ -299,6 +326,8 @@ def _applicable(values: dict[str, Any], base: Mapping[str, Any]) -> dict[str, An
     for path, value in values.items():
         section, _, key = path.rpartition(".")
         own = section in NAMED and key not in common_fields(section)
+        if path == "norm.layers" and _name("norm", values, base) == "bn":
+            continue  # which has no other layers beside it
         if not own or key in _options(section, _name(section, values, base)):
             kept[path] = value
     return kept

@@ -128,9 +128,12 @@ def plan(
             recipe = recipe.model_copy(update={"dataset": data.spec})
         runs.append((cell, recipe, data))
     _check([(recipe, data) for _, recipe, data in runs], pretrained)
+    different: dict[tuple[str, int], tuple[Cell, Recipe, PreparedSet | Preview | None]] = {}
+    for run in runs:  # what was `auto` can be what others name
+        different.setdefault((run[1].fingerprint(), run[1].seed), run)
     taken: dict[Path, str] = {}
     jobs = []
-    for cell, recipe, data in runs:
+    for cell, recipe, data in different.values():
         first = None
         if recipe.retrain:
             first = _directory(recipe.model_copy(update={"retrain": None}), out, making, taken)

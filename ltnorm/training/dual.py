@@ -21,7 +21,7 @@ from ltnorm.norms import route
 from ltnorm.training.objective import SinglePath
 
 AuxGradient = Literal["full", "statistics"]
-DualPathOption = bool | Literal["always"]
+DualPathOption = Literal[True, False, "always"]
 
 
 class DualPath(SinglePath):
@@ -71,9 +71,12 @@ class DualPath(SinglePath):
         aux_gradient: AuxGradient,
         aux_weight: float,
         consistency: float,
+        components: int = 1,
         **_: Any,
     ) -> Iterator[tuple[str, str]]:
         """Options without effect, as (option, what is wrong): two names for one experiment."""
+        if dual_path == "always" and components > 1:
+            yield "dual_path", "'always' has an effect only with components=1"
         if aux_weight != 1.0 and aux_gradient != "full":
             yield "aux_weight", "has an effect only with aux_gradient=full"
         if not dual_path:

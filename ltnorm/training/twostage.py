@@ -104,7 +104,7 @@ def is_stale(result: schema.Result, first: Path) -> bool:
 
 def check(recipe: Recipe) -> None:
     """Raises UsageError where the mode of the norm layers has no effect."""
-    if not recipe.retrain or recipe.retrain.norm != "shifted":
+    if not recipe.retrain or recipe.retrain.norm != "shifted" or recipe.norm.layers != "all":
         return
     if not running_layers(norm_layer(recipe.norm.name, **recipe.norm.options)(8)):
         raise UsageError(
@@ -237,14 +237,15 @@ def _retrained(
 def settings(recipe: Recipe) -> Train:
     """How the second stage trains: by SGD, cosine from its rate, without warm-up.
 
-    Batch size, momentum, weight decay, precision and the augmentation of single images are the
-    first stage's. Images are not mixed, gradients not clipped, weights not averaged.
+    Batch size, momentum, weight decay, precision and the augmentation of single images, views
+    included, are the first stage's. Images are not mixed, gradients not clipped, weights not
+    averaged.
     """
     assert recipe.retrain
     first, defaults = recipe.train, Train()
     kept = ("batch_size", "weight_decay", "decay_norm", "precision", "graph", "deterministic")
     kept += ("crop", "crop_padding", "crop_scale", "flip", "color_jitter")
-    kept += ("cutout", "auto_augment")
+    kept += ("cutout", "auto_augment", "views")
     kept += ("momentum", "nesterov") if first.optimizer != "adamw" else ()
     changed = {key: getattr(first, key) for key in kept}
     changed |= {"epochs": recipe.retrain.epochs, "lr": recipe.retrain.lr}

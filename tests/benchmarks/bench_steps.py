@@ -80,7 +80,7 @@ def _ours(model: str, precision: str = FASTEST, compile_: bool = False) -> race.
 
 
 def _out_of_place(model: str) -> race.Ours:
-    """Activations and additions write to memory of their own."""
+    """Activations write to memory of their own."""
 
     def forward(block: models.BasicBlock, x: Tensor) -> Tensor:
         y = F.relu(block.norm1(block.conv1(x)))
