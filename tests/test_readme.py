@@ -51,7 +51,7 @@ def test_the_main_job_is_told():
     assert (
         "uv run ltnorm train --norm bn --norm gn --norm split --norm compound --ratio 100" in lines
     )
-    assert "uv run ltnorm compare results/" in lines
+    assert "uv run ltnorm compare results/synthetic-exp100" in lines
     assert len(lines) >= 8
 
 

@@ -220,6 +220,16 @@ def test_several_grids_are_one_sweep_that_makes_what_they_share_once(ltnorm, fai
     assert "d.yaml: train.lrr: unknown" in failing("sweep a.yaml d.yaml", code=2)
 
 
+@pytest.mark.parametrize("path", sorted((PROJECT / "recipes" / "study").glob("*.yaml")), ids=str)
+def test_the_sweeps_of_the_study_are_whole(path):
+    grids = grid.read_grids(path)
+    cells, warnings = grid.expand_all(grids)
+    assert cells
+    assert not warnings
+    assert all(cell.recipe.train.precision != "auto" for cell in cells)  # the same everywhere
+    assert f"ltnorm sweep recipes/study/{path.name}" in path.read_text()
+
+
 def test_a_precision_that_is_found_out_makes_no_second_run(ltnorm, tmp_path):
     axes = {"norm": ["bn"], "train.precision": ["auto", "fp32", "bf16"], "seed": "0-1"}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"recipe": "smoke", "grid": axes}))
