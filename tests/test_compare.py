@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -305,6 +306,18 @@ def test_two_recipes_never_share_a_directory(tmp_path):
     assert directories[2].parent.name == f"resnet32-compound-ce-{made[2].fingerprint()[:6]}"
     # The same again, in another order, gives the same places.
     assert [schema.run_directory(r, tmp_path) for r in reversed(made)] == directories[::-1]
+
+
+def test_a_run_stays_where_it_is_though_a_shorter_name_becomes_free(tmp_path):
+    first, second = (
+        recipes.resolve({}, Overrides(sets=sets, norms=["bn"]))[0]
+        for sets in ([], ["train.lr=0.7"])
+    )
+    plain, own = (schema.run_directory(recipe, tmp_path) for recipe in (first, second))
+    shutil.rmtree(plain.parent)
+    for claim in (False, True):
+        assert schema.run_directory(second, tmp_path, claim=claim) == own
+    assert schema.run_directory(first, tmp_path) == plain
 
 
 def test_a_tree_without_marks_still_belongs_to_its_results(tmp_path):

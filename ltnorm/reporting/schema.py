@@ -174,7 +174,8 @@ def run_directory(recipe: Recipe, out: Path, *, claim: bool = True) -> Path:
     fingerprint = recipe.fingerprint()
     plain = out / _setting_name(recipe)
     own = plain.with_name(f"{plain.name}-{fingerprint[:6]}")
-    for directory in (plain, own):
+    # A run that is there stays where it is, though the plain name has become free.
+    for directory in (own,) if own.is_dir() else (plain, own):
         try:
             owner = _owner(directory, fingerprint, claim)
         except OSError as error:
