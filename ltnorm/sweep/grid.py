@@ -267,13 +267,13 @@ def expand(grid: Grid) -> tuple[list[Cell], list[str]]:
 
 
 def expand_all(grids: Sequence[Grid]) -> tuple[list[Cell], list[str]]:
-    """As `expand`, of several grids in their order; what they share comes once.
+    """As `expand`, of several grids in their order; what they share, `plan` makes once.
 
     Raises:
         UsageError: what is wrong with the first of them that has mistakes; all cells of all of
             them are excluded.
     """
-    cells: dict[tuple[str, int], Cell] = {}
+    cells: list[Cell] = []
     warnings: list[str] = []
     for grid in grids:
         where = f"{grid.name}: " if len(grids) > 1 and grid.name else ""
@@ -285,12 +285,11 @@ def expand_all(grids: Sequence[Grid]) -> tuple[list[Cell], list[str]]:
             found, told = [], ["every run is excluded"]
         except UsageError as error:
             raise UsageError(where + error.message, error.hint) from error
-        for cell in found:
-            cells.setdefault((cell.recipe.fingerprint(), cell.recipe.seed), cell)
+        cells += found
         warnings += [where + text for text in told]
     if not cells:
         raise AllExcluded
-    return list(cells.values()), warnings
+    return cells, warnings
 
 
 def _product(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
