@@ -279,6 +279,11 @@ class Train(Section):
             return {**data, "epochs": 200}
         return data
 
+    @property
+    def images_per_step(self) -> int:
+        """Of a whole batch, each as often as it has views."""
+        return self.batch_size * self.views
+
     def cropped(self, files: bool) -> str:
         """How images are cropped, padded or resized, of a set of files or of pixels."""
         return self.crop if self.crop != "auto" else "resized" if files else "padded"

@@ -152,9 +152,9 @@ def _has_option(norm: str, option: str) -> bool:
 
 
 def _options(norm: str) -> set[str]:
-    """What can be set of a norm: its options, and which layers it takes, `bn` being all others."""
+    """What can be set of a norm: its options, and what all norms have."""
     own = set(registry.options_model("norm", norm).model_fields)
-    return own | (common_fields("norm") - {"name"} if norm != "bn" else set())
+    return own | (common_fields("norm", norm) - {"name"})
 
 
 def _check_norm_options(
@@ -184,10 +184,7 @@ def _put(data: dict[str, Any], path: str, value: Any) -> None:
         node = child
     section = ".".join(parents)
     if last == "name" and section in NAMED and node.get("name", value) != value:
-        kept = common_fields(section)
-        if section == "norm" and value == "bn":  # which has no other layers beside it
-            kept -= {"layers"}
-        for key in set(node) - kept:
+        for key in set(node) - common_fields(section, value):
             del node[key]
     for key in _contradicted(section, last, value, node):
         node.pop(key, None)

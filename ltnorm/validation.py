@@ -236,9 +236,13 @@ def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     return list(model.model_fields)
 
 
-def common_fields(path: str) -> set[str]:
-    """The keys that the section at `path` has whatever entry it names."""
-    return set(NAMED[path].model_fields)
+def common_fields(path: str, name: Any = None) -> set[str]:
+    """The keys that the section at `path` has whatever entry it names.
+
+    If it is known that it names `bn`, without `layers`: those beside a norm are `bn` anyway.
+    """
+    fields = set(NAMED[path].model_fields)
+    return fields - {"layers"} if (path, name) == ("norm", "bn") else fields
 
 
 def _fill_options(path: str, section: Mapping, mistakes: list[Mistake]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def command(
     first, reason = resolved[0]
     output.note(f"precision {first.train.precision}: {reason}")
     variants = _variants([r for r, _ in resolved], against, compile_)
-    batch = bench.Batch(first.train.batch_size * first.train.views, image_size, classes)
+    batch = bench.Batch(first.train.images_per_step, image_size, classes)
     if peer:
         _race(variants, batch, rounds, output)
         return

@@ -143,10 +143,10 @@ class Loader:
         rng = torch.Generator(self.device).manual_seed(one_seed(self.seed, epoch, 1))
         mixing = np.random.default_rng(one_seed(self.seed, epoch, 2))
         order = self._order(epoch, progress)[: self.images_per_epoch]
-        size = self.train.batch_size
+        size = self.train.images_per_step
         if self.train.views > 1:
-            order = torch.cat([part.repeat(self.train.views) for part in order.split(size)])
-            size *= self.train.views
+            parts = order.split(self.train.batch_size)
+            order = torch.cat([part.repeat(self.train.views) for part in parts])
         places = order.to(self.device).split(size)
         made = self.crops.batches(order, size, rng, first)
         decoded = isinstance(self.crops, Decoded)

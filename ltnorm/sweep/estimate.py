@@ -145,7 +145,7 @@ def _measured(job: Job) -> float | None:
     """The seconds of a step, or None if it fails: the median of some, after it is warm."""
     device = resolve_device(job.recipe.device)
     size, classes = _size(job)
-    batch = bench.Batch(job.recipe.train.batch_size * job.recipe.train.views, size, classes)
+    batch = bench.Batch(job.recipe.train.images_per_step, size, classes)
     variant = bench.Variant("", job.recipe, "")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

@@ -280,8 +280,6 @@ def expand_all(grids: Sequence[Grid]) -> tuple[list[Cell], list[str]]:
         try:
             found, told = expand(grid)
         except AllExcluded:
-            if len(grids) == 1:
-                raise
             found, told = [], ["every run is excluded"]
         except UsageError as error:
             raise UsageError(where + error.message, error.hint) from error
@@ -324,10 +322,11 @@ def _applicable(values: dict[str, Any], base: Mapping[str, Any]) -> dict[str, An
     kept = {}
     for path, value in values.items():
         section, _, key = path.rpartition(".")
-        own = section in NAMED and key not in common_fields(section)
-        if path == "norm.layers" and _name("norm", values, base) == "bn":
-            continue  # which has no other layers beside it
-        if not own or key in _options(section, _name(section, values, base)):
+        if section not in NAMED:
+            kept[path] = value
+            continue
+        name = _name(section, values, base)
+        if key in common_fields(section, name) or key in _options(section, name):
             kept[path] = value
     return kept
 

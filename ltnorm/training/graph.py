@@ -55,7 +55,7 @@ class Graphs:
         """A step of each. Returns their losses."""
         for update in updates:
             update.optimizer.rate_on_device()
-        if any(len(u.batch.labels) < u.train.batch_size * u.train.views for u in updates):
+        if any(len(u.batch.labels) < u.train.images_per_step for u in updates):
             return [update.make() for update in updates]
         if (who := [id(update.objective) for update in updates]) != self._warm:
             self._captured, self._warm, self._steps = None, who, 0

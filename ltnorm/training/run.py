@@ -331,7 +331,7 @@ def _train(
     objective.to(device=device, memory_format=loader.memory_format)
     average = optim.Average(model, train.ema) if train.ema else None
     if train.compile:
-        compile_training(model, train.batch_size * train.views)
+        compile_training(model, train.images_per_step)
     measured = average.model if average else model
     with output.training(label(recipe), expected_epochs(train, len(loader))) as progress:
         epochs = yield from fit(
