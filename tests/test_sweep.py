@@ -26,7 +26,7 @@ from ltnorm.cli import main
 from ltnorm.console import Output
 from ltnorm.errors import LtnormError, UsageError
 from ltnorm.reporting import schema, state
-from ltnorm.sweep import child, estimate, grid, local, plan, progress, work
+from ltnorm.sweep import child, estimate, file, grid, local, plan, progress, work
 
 PROJECT = Path(__file__).parent.parent
 SETTING = Path("results/synthetic-exp10")
@@ -222,7 +222,7 @@ def test_several_grids_are_one_sweep_that_makes_what_they_share_once(ltnorm, fai
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "recipes" / "study").glob("*.yaml")), ids=str)
 def test_the_sweeps_of_the_study_are_whole(path):
-    grids = grid.read_grids(path)
+    grids = file.read_grids(path)
     cells, warnings = grid.expand_all(grids)
     assert cells
     assert not warnings

@@ -150,7 +150,8 @@ def command(
 
 def _grids(files: Sequence[Path], flags: Mapping[str, Any]) -> "list[Grid]":
     """The grids of files, or of flags alone."""
-    from ltnorm.sweep.grid import Grid, path_of, read_grids
+    from ltnorm.sweep.file import read_grids
+    from ltnorm.sweep.grid import Grid, path_of
 
     grids = [grid for file in files for grid in read_grids(file)] or [Grid()]
     grids = [_with_flags(grid, flags) for grid in grids]
