@@ -1,0 +1,55 @@
+"""The tables of results/README.md are those that its commands print from the committed runs.
+
+`python tests/test_results.py` writes them anew.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ltnorm.cli import main
+
+PROJECT = Path(__file__).parent.parent
+PAGE = PROJECT / "results" / "README.md"
+SHOWN = r"\||\*\*cifar|Tail accuracy against"
+TABLES = re.compile(rf"```sh\n(ltnorm compare [^`]*)\n```\n\n((?:(?:{SHOWN}).*\n+)*)")
+
+
+def printed(command: str) -> str:
+    """Titles, tables and outcomes, as Markdown."""
+    arguments = shlex.split(command.replace("\\\n", ""))[1:]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        # Predictions are not committed: without them there are no intervals over images.
+        assert main([*arguments, "--no-images", "--format", "markdown", "--quiet"]) == 0
+    kept = [line for line in out.getvalue().splitlines() if re.match(SHOWN, line)]
+    text = "\n".join(kept) + "\n"
+    return re.sub(r"\n(\*\*|Tail)", r"\n\n\1", re.sub(r"(\*\*\n)", r"\1\n", text))
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [match.groups() for match in TABLES.finditer(PAGE.read_text())],
+    ids=lambda text: text[:60],
+)
+def test_the_tables_are_those_of_the_runs(command, shown, monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    assert shown.strip() == printed(command).strip()
+
+
+def test_there_are_tables_and_the_runs_take_little_room():
+    assert len(TABLES.findall(PAGE.read_text())) > 2
+    files = [path for path in PAGE.parent.rglob("*") if path.is_file()]
+    committed = [p for p in files if p.suffix in (".csv", ".yaml", ".md", ".html", ".png")]
+    assert sum(path.stat().st_size for path in committed) < 5e6
+
+
+if __name__ == "__main__":
+    os.chdir(PROJECT)
+    text = PAGE.read_text()
+    PAGE.write_text(TABLES.sub(lambda m: f"```sh\n{m[1]}\n```\n\n{printed(m[1])}\n", text))
