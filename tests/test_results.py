@@ -16,6 +16,7 @@ from ltnorm.cli import main
 
 PROJECT = Path(__file__).parent.parent
 PAGE = PROJECT / "results" / "README.md"
+README = PROJECT / "README.md"
 SHOWN = r"\||\*\*cifar|Tail accuracy against"
 TABLES = re.compile(rf"```sh\n(ltnorm compare [^`]*)\n```\n\n((?:(?:{SHOWN}).*\n+)*)")
 
@@ -47,6 +48,17 @@ def test_there_are_tables_and_the_runs_take_little_room():
     files = [path for path in PAGE.parent.rglob("*") if path.is_file()]
     committed = [p for p in files if p.suffix in (".csv", ".yaml", ".md", ".html", ".png")]
     assert sum(path.stat().st_size for path in committed) < 5e6
+
+
+def test_what_the_readme_claims_is_in_the_tables():
+    [claims] = re.findall(
+        r"## What it has found.*?\n(.*?)\n## ", README.read_text(), flags=re.DOTALL
+    )
+    claimed = re.findall(r"[+-]\d+\.\d(?: points)?\s\[[^]]*\]", claims)
+    assert claimed
+    tables = "".join(match[2] for match in TABLES.finditer(PAGE.read_text()))
+    for text in claimed:
+        assert re.sub(r" points|\n", lambda m: " " * (m[0] == "\n"), text) in tables
 
 
 if __name__ == "__main__":
