@@ -164,6 +164,21 @@ def test_baseline_by_label_or_none():
     assert block.baseline == "compound (components=3)"
 
 
+def test_baseline_by_parts_of_the_label():
+    keys = ("norm", "train.lr", "train.epochs")
+    runs = [
+        result(norm, flags={"loss.name": loss, "train.lr": lr, "train.epochs": epochs})
+        for norm in ("bn", "gn")
+        for loss, lr in (("ce", 0.4), ("ldam", 0.8))
+        for epochs in (5, 6)
+    ]
+    blocks = compare(runs, by=keys, baseline="bn · epochs 6")
+    assert {b.baseline for b in blocks} == {f"bn · lr {lr} · epochs 6" for lr in (0.4, 0.8)}
+    # Not one row alone: two of a block have "epochs 6", two "bn", and none "epochs".
+    for several in ("epochs 6", "bn", "epochs", "bn · epochs 6 · gn"):
+        assert all(b.baseline is None for b in compare(runs, by=keys, baseline=several))
+
+
 def test_times_of_different_devices_have_no_ratio():
     [block] = compare([result(), result("gn", device="GPU", train_seconds=1.0)])
     assert block.rows[1].relative_time is None

@@ -300,13 +300,21 @@ def _best(rows: Sequence[Row], metric: str) -> list[Row]:
 
 
 def _baseline(rows: Sequence[Row], asked: str | None, by: By, best_only: bool) -> Row | None:
-    """The row that is asked for: by its label, or by a name that only one row has."""
-    usual = [BASELINES.get(key) for key in by]
-    if best_only:  # one row a name
-        usual = usual[:1]
-    wanted = " · ".join(map(str, usual)) if None not in usual else None
-    wanted = asked if asked is not None else wanted
-    for called in ([r for r in rows if r.label == wanted], [r for r in rows if r.name == wanted]):
+    """The row that is asked for: by its label, by a name that only one row has, or by such parts.
+
+    Parts are what a label consists of: `bn · epochs 40` is `bn · lr 0.4 · epochs 40` in one block
+    and `bn · lr 0.8 · epochs 40` in another.
+    """
+    usual = [BASELINES.get(key) for key in (by[:1] if best_only else by)]  # then one row a name
+    if asked is None and None in usual:
+        return None
+    wanted = " · ".join(map(str, usual)) if asked is None else asked
+    parts = set(wanted.split(" · "))
+    for called in (
+        [row for row in rows if row.label == wanted],
+        [row for row in rows if row.name == wanted],
+        [row for row in rows if parts <= set(row.label.split(" · "))],
+    ):
         if len(called) == 1:
             return called[0]
     return None
