@@ -37,7 +37,7 @@ from ltnorm.errors import LtnormError, NothingFound
 from ltnorm.recipe import Recipe
 from ltnorm.training import checkpoint
 from ltnorm.training.checkpoint import Checkpoint, Inputs
-from ltnorm.training.run import load_model
+from ltnorm.training.trained import load_model
 from ltnorm.training.twostage import check_finished
 
 

@@ -14,6 +14,7 @@ import yaml
 from ltnorm import registry
 from ltnorm.console import Output
 from ltnorm.reporting import schema
+from ltnorm.training import checkpoint
 from ltnorm.training import run as running
 
 TINY_BN = "train --recipe tiny.yaml --norm bn"
@@ -385,7 +386,7 @@ def test_a_full_disk_in_the_middle_keeps_finished_runs(failing, ltnorm, tmp_path
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(running.checkpoint, "write_bytes", full)
+    monkeypatch.setattr(checkpoint, "write_bytes", full)
     text = failing("train --recipe tiny.yaml --norm gn --quiet", code=1)
     assert "No space left" in text
     assert (tmp_path / BN_RUN / "result.csv").exists()

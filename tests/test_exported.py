@@ -22,7 +22,7 @@ from ltnorm.norms import norm_layer, route
 from ltnorm.norms.compound import CompoundBatchNorm
 from ltnorm.norms.layer import NewerStateError
 from ltnorm.training import checkpoint
-from ltnorm.training.run import load_model
+from ltnorm.training.trained import load_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "export.md"
 RUN = "results/synthetic-exp10/resnet8-compound-ce/seed0"

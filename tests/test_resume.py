@@ -24,7 +24,7 @@ from ltnorm.cli import main
 from ltnorm.console import Output
 from ltnorm.data.prepare import prepare
 from ltnorm.reporting import schema
-from ltnorm.training import loop, resume, run, stop
+from ltnorm.training import finish, loop, resume, run, stop
 from ltnorm.training.resume import Keeper, Keeping
 
 BN = Path("results/synthetic-exp10/resnet8-bn-ce/seed0")
@@ -510,7 +510,7 @@ def test_forced_a_run_begins_anew(interrupted, ltnorm):
 
 
 def test_a_run_that_changes_its_machine_tells_of_both(interrupted, ltnorm, monkeypatch):
-    monkeypatch.setattr(run, "describe", lambda device: "another machine")
+    monkeypatch.setattr(finish, "describe", lambda device: "another machine")
     assert ltnorm(TRAIN).code == 0
     row = schema.read_result(BN / schema.RESULT)
     assert row.device.endswith(", then another machine")

@@ -15,8 +15,8 @@ from ltnorm.norms import norm_layers
 from ltnorm.reporting import schema
 from ltnorm.resolve import Overrides, resolve
 from ltnorm.training import build, checkpoint, twostage
-from ltnorm.training.run import load_run
 from ltnorm.training.run import run as train_run
+from ltnorm.training.trained import load_run
 
 QUIET = Output(quiet=True)
 

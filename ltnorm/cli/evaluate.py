@@ -79,7 +79,7 @@ def command(
 
     from ltnorm.evaluation.evaluate import evaluate_split
     from ltnorm.evaluation.posthoc import Corrections
-    from ltnorm.training.run import load_run
+    from ltnorm.training.trained import load_run
 
     trained = load_run(run, root, data_dir, device, workers)
     recipe, data, model, where = trained.recipe, trained.data, trained.model, trained.device

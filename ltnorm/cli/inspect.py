@@ -63,7 +63,7 @@ def command(
         plots.check(plot)
 
     from ltnorm.evaluation.inspection import choose
-    from ltnorm.training.run import load_run
+    from ltnorm.training.trained import load_run
 
     seen, densities = [], []
     for run in runs:

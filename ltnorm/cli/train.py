@@ -332,7 +332,7 @@ def finished(
     `first` is where the first stage of a second one lies, or its checkpoint.
     """
     from ltnorm.reporting import schema
-    from ltnorm.training.run import finished_result
+    from ltnorm.training.trained import finished_result
     from ltnorm.training.twostage import is_stale
 
     result = finished_result(directory, recipe, data)

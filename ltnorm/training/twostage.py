@@ -24,26 +24,22 @@ from ltnorm.reporting import schema
 from ltnorm.training import checkpoint
 from ltnorm.training.build import build_loader, build_loss, build_objective, start_bias
 from ltnorm.training.device import set_computing
+from ltnorm.training.finish import Cost, Training, cost_of
 from ltnorm.training.log import Log, logged
 from ltnorm.training.loop import Steps, fit
 from ltnorm.training.objective import SinglePath
 from ltnorm.training.resume import KEEPING, Keeper, Keeping
 from ltnorm.training.run import (
-    Cost,
-    TrainedRun,
-    Training,
-    cost_of,
     finish_on_first,
-    finished_result,
     first_making,
     keeper_of,
     label,
-    load_run,
     made_since,
     measuring,
     norm_parameters,
 )
 from ltnorm.training.together import alone
+from ltnorm.training.trained import TrainedRun, finished_result, load_run
 
 
 def first_stage(recipe: Recipe) -> Recipe:
