@@ -22,6 +22,7 @@ DPI = 150
 CELL = 0.6  # inches
 # One hue from light to dark: it reads the same in grey and to the colour-blind.
 COLOURS = "Blues"
+DIVERGING = "PuOr_r"  # purple below, orange above: what has a middle that is normal
 # A group by its line as well as by its colour (Okabe & Ito 2008).
 LINES = {"head": ("#0072B2", "-"), "medium": ("#D55E00", "--"), "tail": ("#009E73", "-.")}
 MOST_NUMBERS = 12  # cells a row of a heat map with room for their numbers
@@ -146,17 +147,18 @@ def _plain(text: str) -> str:
 
 
 def _scales(runs: Sequence[Inspected]) -> dict[str, tuple[float, float]]:
-    """The range of colours of each quantity over all runs."""
-    scales = {}
-    for quantity in ("shift", "variance"):
-        values = [
-            getattr(layer, quantity)[group]
+    """The range of colours of each quantity over all runs: from 0, and to both sides of 1."""
+    found = {}
+    for quantity, normal in (("shift", 0.0), ("variance", 1.0)):
+        most = max(
+            abs(getattr(layer, quantity)[group] - normal)
             for one in runs
             for layer in one.inspection.layers
             for group in one.inspection.groups
-        ]
-        scales[quantity] = (0.0 if quantity == "shift" else min(values), max(values))
-    return scales
+        )
+        most = max(most, 1e-9)  # never a range of nothing
+        found[quantity] = (normal - (most if normal else 0.0), normal + most)
+    return found
 
 
 def _features(axes: Sequence[Any], one: Inspected, scales: dict[str, tuple[float, float]]) -> None:
@@ -164,7 +166,8 @@ def _features(axes: Sequence[Any], one: Inspected, scales: dict[str, tuple[float
     titles = {"shift": "mean shift in std (0: none)", "variance": "variance (1: as normalized)"}
     for axis, (quantity, title) in zip(axes, titles.items(), strict=False):
         cells = [[getattr(layer, quantity)[g] for g in groups] for layer in layers]
-        _heat_map(axis, cells, groups, scales[quantity], number)
+        colours = DIVERGING if quantity == "variance" else COLOURS
+        _heat_map(axis, cells, groups, scales[quantity], number, colours)
         axis.set_title(title, fontsize=9)
         axis.set_yticks(range(len(layers)), [""] * len(layers))
     axes[0].set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=8)
@@ -203,10 +206,10 @@ def _heat_map(
     columns: Sequence[str],
     scale: tuple[float, float],
     shown: Callable[[float], str],
+    colours: str = COLOURS,
 ) -> None:
     low, high = scale
-    top = max(high, low + 1e-9)  # never a range of nothing
-    image = axis.imshow(cells, cmap=COLOURS, vmin=low, vmax=top, aspect="auto")
+    image = axis.imshow(cells, cmap=colours, vmin=low, vmax=high, aspect="auto")
     axis.set_xticks(range(len(columns)), columns, fontsize=8)
     axis.tick_params(length=0)
     if len(columns) > MOST_NUMBERS:
@@ -215,7 +218,8 @@ def _heat_map(
         return
     for i, row in enumerate(cells):
         for j, value in enumerate(row):
-            dark = value > low + 0.6 * (high - low)
+            level = (value - low) / (high - low)
+            dark = level > 0.6 if colours == COLOURS else abs(level - 0.5) > 0.35
             colour = "white" if dark else "black"
             axis.text(j, i, shown(value), ha="center", va="center", color=colour, fontsize=7)
 
