@@ -490,13 +490,17 @@ def test_missing_seeds_are_told_with_their_place():
     runs = [*seeds("bn", [1.0, 2.0, 3.0]), result("gn", seed=1)]
     blocks = compare(runs)
     there = [run for block in blocks for row in block.rows for run in row.runs]
-    [line] = comparing.missing_seeds(blocks, there)
-    assert line.startswith("gn lacks seeds 0, 2 of synthetic-exp100")
+    [line] = wording.missing_seeds(blocks, there)
+    assert line.startswith("gn lacks seeds 0, 2, of synthetic-exp100")
     assert line.endswith("results/3/seed0, …")
-    assert list(comparing.missing_seeds(compare(seeds("bn", [1.0, 2.0])), [])) == []
+    # A line a block, however many rows.
+    several = [*runs, *(result(norm, seed=1) for norm in ("ln", "split", "compound", "brn"))]
+    [line] = wording.missing_seeds(compare(several), there)
+    assert "gn, ln, brn and 2 more lack seeds that others have, of synthetic" in line
+    assert list(wording.missing_seeds(compare(seeds("bn", [1.0, 2.0])), [])) == []
     # What is there and was only not selected is not missing.
     left_out = [Run(result("gn", seed=seed), Path()) for seed in (0, 2)]
-    assert list(comparing.missing_seeds(blocks, [*there, *left_out])) == []
+    assert list(wording.missing_seeds(blocks, [*there, *left_out])) == []
 
 
 def test_titles_sort_by_their_numbers():

@@ -162,7 +162,7 @@ def test_what_is_not_finished_is_told_with_its_path(ltnorm, tree, tmp_path):
     told = [line for line in answer.err.splitlines() if line.startswith("warning:")]
     assert any("results/100/resnet32-split-ce/seed0 is unfinished" in line for line in told)
     assert any("gn-ldam" in line and "seed1 is unfinished" in line for line in told)
-    assert any(line.startswith("warning: gn lacks seed 1 of") for line in told)
+    assert any(line.startswith("warning: gn lacks seed 1, of") for line in told)
 
 
 def test_published_numbers_stand_beside_and_in_no_statistic(ltnorm, tmp_path):

@@ -116,6 +116,7 @@ def command(
     from ltnorm.reporting import published as literature
     from ltnorm.reporting import where as selecting
     from ltnorm.reporting.condition import Condition
+    from ltnorm.reporting.wording import missing_seeds
 
     output = Output(quiet=quiet, json=json)
     if json and format not in (Format.table, Format.json):
@@ -149,7 +150,7 @@ def command(
     runs = selecting.select(found, condition) if condition else found
     beside = literature.read_beside(places) if published else []
     blocks = comparing.compare(runs, question, beside)
-    _warn([*warnings, *comparing.missing_seeds(blocks, found)], output)
+    _warn([*warnings, *missing_seeds(blocks, found)], output)
     _check_baseline(blocks, baseline, output)
     if published and not any(block.published for block in blocks):
         output.warn("no published number was found with the settings of any table here")

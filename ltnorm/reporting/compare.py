@@ -416,23 +416,3 @@ def _tested(row: Row, p: float | None) -> Row:
         return row
     delta = replace(row.deltas[TESTED], adjusted_p=p, marked=p < LEVEL)
     return replace(row, deltas={**row.deltas, TESTED: delta})
-
-
-def missing_seeds(blocks: Sequence[Block], runs: Iterable[Run]) -> Iterator[str]:
-    """A line for each row that lacks seeds which other rows of its block have.
-
-    Args:
-        blocks: of the comparison.
-        runs: all that there are; what of them was not selected is not missing.
-    """
-    there = {(labels.row_key(run.result), run.result.seed) for run in runs}
-    for block in blocks:
-        wanted = sorted({seed for row in block.rows for seed in row.seeds})
-        for row in block.rows:
-            key = labels.row_key(row.first)
-            lacking = [s for s in wanted if s not in row.seeds and (key, s) not in there]
-            if lacking:
-                setting = row.runs[0].directory.parent
-                where = f"{setting}/seed{lacking[0]}" + (", …" if len(lacking) > 1 else "")
-                seeds = f"seed{'s' if len(lacking) > 1 else ''} {', '.join(map(str, lacking))}"
-                yield f"{row.label} lacks {seeds} of {block.title}: {where}"

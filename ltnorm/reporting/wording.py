@@ -1,10 +1,12 @@
-"""A block in words: its outcome in one sentence, the legend of its numbers, its footnotes."""
+"""A block in words: its outcome in one sentence, legend, footnotes, and what it lacks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+from ltnorm.reporting import labels
 from ltnorm.reporting.bootstrap import RESAMPLES
 from ltnorm.reporting.compare import TESTED, Block, Delta, Row
+from ltnorm.reporting.schema import Run
 from ltnorm.reporting.statistics import MIN_SEEDS, MOST_SEEDS
 
 NAMED = 3  # rows that a sentence names; the others are counted
@@ -218,3 +220,29 @@ def _seeds(seeds: Sequence[int]) -> str:
         for _, part in groupby(enumerate(seeds), lambda place: place[1] - place[0])
     ]
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
+
+
+def missing_seeds(blocks: Sequence[Block], runs: Iterable[Run]) -> Iterator[str]:
+    """A line for each block in which a row lacks seeds that other rows have; tables show their n.
+
+    Args:
+        blocks: of the comparison.
+        runs: all that there are; what of them was not selected is not missing.
+    """
+    there = {(labels.row_key(run.result), run.result.seed) for run in runs}
+    for block in blocks:
+        wanted = sorted({seed for row in block.rows for seed in row.seeds})
+        lacking = {}
+        for row in block.rows:
+            key = labels.row_key(row.first)
+            if seeds := [s for s in wanted if s not in row.seeds and (key, s) not in there]:
+                lacking[row.label] = seeds, f"{row.runs[0].directory.parent}/seed{seeds[0]}"
+        if not lacking:
+            continue
+        seeds, first = next(iter(lacking.values()))
+        if len(lacking) == 1:
+            told = f"lacks seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+        else:
+            told = "lack seeds that others have"
+        more = ", …" if len(lacking) > 1 or len(seeds) > 1 else ""
+        yield f"{listed([*lacking])} {told}, of {block.title}: {first}{more}"
