@@ -51,9 +51,11 @@ def _differences(block: Block, styles: Styles) -> Chart | None:
         marks.points(styles, {**base, "x": x, "tooltip": tip}),
     ]
     height = 40 + len(groups) * (len(block.others) * 11 + 16)
+    drawn = marks.has(data, "low")
+    spread = "with their 95 % intervals over seeds" if drawn else "one seed has no interval"
     return Chart(
         title=f"Differences to {block.baseline}",
-        caption="The differences of the table, in points, with their 95 % intervals over seeds.",
+        caption=f"The differences of the table, in points, {spread}.",
         alternative=_told("delta", data, "in points against the baseline"),
         spec=marks.spec(layers, height),
         data=data,
