@@ -224,6 +224,7 @@ def test_bad_images_are_named(tmp_path, photos):
     # Mended images are noticed.
     draw(photos, {"ant": 12}, seed=5)
     assert prepare(spec(), photos, tmp_path / "data").path != made.path
+    assert not (tmp_path / "data" / "photos-bad-images.txt").exists()
 
 
 def test_a_class_that_is_all_bad_is_refused(tmp_path, photos):

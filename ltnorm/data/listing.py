@@ -133,9 +133,10 @@ def refuse_bad(
     listing: Listing, paths: np.ndarray, checked: Checked, title: str, data_dir: Path
 ) -> None:
     """Raise LtnormError if images do not decode, with the name of a file that lists them."""
-    if not checked.errors:
-        return
     file = data_dir / f"{title}-bad-images.txt"
+    if not checked.errors:
+        file.unlink(missing_ok=True)  # from before they were mended
+        return
     bad = [f"{shown(paths[i])} ({reason})" for i, reason in sorted(checked.errors.items())]
     file.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8", errors="replace")
     more = f" and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
