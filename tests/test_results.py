@@ -18,7 +18,7 @@ PROJECT = Path(__file__).parent.parent
 PAGE = PROJECT / "results" / "README.md"
 README = PROJECT / "README.md"
 SHOWN = r"\||\*\*cifar|Tail accuracy against"
-TABLES = re.compile(rf"```sh\n(ltnorm compare [^`]*)\n```\n\n((?:(?:{SHOWN}).*\n+)*)")
+TABLES = re.compile(rf"```sh\nuv run (ltnorm compare [^`]*)\n```\n\n((?:(?:{SHOWN}).*\n+)*)")
 
 
 def printed(command: str) -> str:
@@ -66,4 +66,4 @@ def test_what_the_readme_claims_is_in_the_tables():
 if __name__ == "__main__":
     os.chdir(PROJECT)
     text = PAGE.read_text()
-    PAGE.write_text(TABLES.sub(lambda m: f"```sh\n{m[1]}\n```\n\n{printed(m[1])}\n\n", text))
+    PAGE.write_text(TABLES.sub(lambda m: f"```sh\nuv run {m[1]}\n```\n\n{printed(m[1])}\n\n", text))
