@@ -77,14 +77,18 @@ Styles = Mapping[str, Style]  # by the labels of rows, in their order
 
 
 def palette(blocks: Sequence[Block]) -> dict[str, Style]:
-    """A style for each label, the same in all blocks: neutral for the baseline, others in turn."""
-    named = list(dict.fromkeys(row.label for block in blocks for row in block.rows))
-    neutral = next((block.baseline for block in blocks if block.baseline), None)
-    found = {neutral: Style(BASELINE, DASHES[0], SHAPES[0])} if neutral else {}
-    for turn, label in enumerate((label for label in named if label != neutral), start=1):
-        dash, shape = DASHES[turn % len(DASHES)], SHAPES[turn % len(SHAPES)]
-        found[label] = Style(COLOURS[(turn - 1) % len(COLOURS)], dash, shape)
+    """A style for each label, the same in all blocks: baselines are neutral, others in turn."""
+    named = dict.fromkeys(row.label for block in blocks for row in block.rows)
+    bases = list(dict.fromkeys(block.baseline for block in blocks if block.baseline))
+    others = [label for label in named if label not in bases]
+    found = {label: _style(BASELINE, turn) for turn, label in enumerate(bases)}
+    for turn, label in enumerate(others, start=1):
+        found[label] = _style(COLOURS[(turn - 1) % len(COLOURS)], turn)
     return {label: found[label] for label in named}
+
+
+def _style(colour: str, turn: int) -> Style:
+    return Style(colour, DASHES[turn % len(DASHES)], SHAPES[turn % len(SHAPES)])
 
 
 def of_rows(block: Block, everywhere: Styles) -> dict[str, Style]:
