@@ -132,7 +132,10 @@ def _refuse_missing(listing: Listing, paths: np.ndarray) -> None:
 def refuse_bad(
     listing: Listing, paths: np.ndarray, checked: Checked, title: str, data_dir: Path
 ) -> None:
-    """Raise LtnormError if images do not decode, with the name of a file that lists them."""
+    """Raise LtnormError if images do not decode, with the name of a file that lists them.
+
+    Where all do, such a file of an earlier time is removed.
+    """
     file = data_dir / f"{title}-bad-images.txt"
     if not checked.errors:
         file.unlink(missing_ok=True)  # from before they were mended

@@ -52,7 +52,7 @@ def _differences(block: Block, styles: Styles) -> Chart | None:
     ]
     height = 40 + len(groups) * (len(block.others) * 11 + 16)
     drawn = marks.has(data, "low")
-    spread = "with their 95 % intervals over seeds" if drawn else "one seed has no interval"
+    spread = "with their 95 % intervals over seeds" if drawn else "without intervals"
     return Chart(
         title=f"Differences to {block.baseline}",
         caption=f"The differences of the table, in points, {spread}.",

@@ -300,7 +300,7 @@ def _best(rows: Sequence[Row], metric: str) -> list[Row]:
 
 
 def _baseline(rows: Sequence[Row], asked: str | None, by: By, best_only: bool) -> Row | None:
-    """The row that is asked for: by its label, by a name that only one row has, or by such parts.
+    """The row that is asked for: by its label, by parts or by a name that only one row has.
 
     Parts are what a label consists of: `bn · epochs 40` is `bn · lr 0.4 · epochs 40` in one block
     and `bn · lr 0.8 · epochs 40` in another.
@@ -311,9 +311,8 @@ def _baseline(rows: Sequence[Row], asked: str | None, by: By, best_only: bool) -
     wanted = " · ".join(map(str, usual)) if asked is None else asked
     parts = set(wanted.split(" · "))
     for called in (
-        [row for row in rows if row.label == wanted],
-        [row for row in rows if row.name == wanted],
         [row for row in rows if parts <= set(row.label.split(" · "))],
+        [row for row in rows if row.name == wanted],
     ):
         if len(called) == 1:
             return called[0]

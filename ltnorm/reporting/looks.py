@@ -55,11 +55,16 @@ def looks(blocks: Sequence[Block]) -> dict[str, Look]:
     A label looks the same in all blocks. Sequences of different lengths are cycled side by side,
     so that no two of 30 rows share colour and line style, and none of 15 a marker.
     """
+    bases, others = bases_and_others(blocks)
+    found = {label: _baseline(i) for i, label in enumerate(bases)}
+    return found | {label: _look(i) for i, label in enumerate(others)}
+
+
+def bases_and_others(blocks: Sequence[Block]) -> tuple[list[str], list[str]]:
+    """The labels of all blocks, each once and in order: those of baselines, and the others."""
     bases = list(dict.fromkeys(b.baseline for b in blocks if b.baseline is not None))
     labels = dict.fromkeys(row.label for block in blocks for row in block.rows)
-    found = {label: _baseline(i) for i, label in enumerate(bases)}
-    others = [label for label in labels if label not in found]
-    return found | {label: _look(i) for i, label in enumerate(others)}
+    return bases, [label for label in labels if label not in bases]
 
 
 def _baseline(i: int) -> Look:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltnorm.reporting.compare import Block
+from ltnorm.reporting.looks import bases_and_others
 
 Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name: nothing is loaded from it
@@ -78,13 +79,11 @@ Styles = Mapping[str, Style]  # by the labels of rows, in their order
 
 def palette(blocks: Sequence[Block]) -> dict[str, Style]:
     """A style for each label, the same in all blocks: baselines are neutral, others in turn."""
-    named = dict.fromkeys(row.label for block in blocks for row in block.rows)
-    bases = list(dict.fromkeys(block.baseline for block in blocks if block.baseline))
-    others = [label for label in named if label not in bases]
+    bases, others = bases_and_others(blocks)
     found = {label: _style(BASELINE, turn) for turn, label in enumerate(bases)}
     for turn, label in enumerate(others, start=1):
         found[label] = _style(COLOURS[(turn - 1) % len(COLOURS)], turn)
-    return {label: found[label] for label in named}
+    return {row.label: found[row.label] for block in blocks for row in block.rows}
 
 
 def _style(colour: str, turn: int) -> Style:

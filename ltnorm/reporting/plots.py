@@ -7,6 +7,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,28 +147,49 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _scales(runs: Sequence[Inspected]) -> dict[str, tuple[float, float]]:
-    """The range of colours of each quantity over all runs: from 0, and to both sides of 1."""
+@dataclass(frozen=True)
+class Scale:
+    """The colours of a quantity: pale where it is `normal`, darkest where it is `most` away.
+
+    `sides` are the directions in which it can be away: one, upwards, or two.
+    """
+
+    normal: float
+    most: float
+    sides: int = 1
+
+    @property
+    def drawn(self) -> dict[str, Any]:
+        """As matplotlib takes it for an image."""
+        low = self.normal - (self.sides - 1) * self.most
+        cmap = COLOURS if self.sides == 1 else DIVERGING
+        return {"cmap": cmap, "vmin": low, "vmax": self.normal + self.most}
+
+    def dark(self, value: float) -> bool:
+        """Whether a text on the colour of a value has to be white."""
+        return abs(value - self.normal) > 0.6 * self.most
+
+
+def _scales(runs: Sequence[Inspected]) -> dict[str, Scale]:
+    """The colours of each quantity, the same for all runs."""
     found = {}
-    for quantity, normal in (("shift", 0.0), ("variance", 1.0)):
-        most = max(
+    for quantity, (normal, sides) in {"shift": (0.0, 1), "variance": (1.0, 2)}.items():
+        away = [
             abs(getattr(layer, quantity)[group] - normal)
             for one in runs
             for layer in one.inspection.layers
             for group in one.inspection.groups
-        )
-        most = max(most, 1e-9)  # never a range of nothing
-        found[quantity] = (normal - (most if normal else 0.0), normal + most)
+        ]
+        found[quantity] = Scale(normal, max(*away, 1e-9), sides)  # never a range of nothing
     return found
 
 
-def _features(axes: Sequence[Any], one: Inspected, scales: dict[str, tuple[float, float]]) -> None:
+def _features(axes: Sequence[Any], one: Inspected, scales: dict[str, Scale]) -> None:
     layers, groups = one.inspection.layers, one.inspection.groups
     titles = {"shift": "mean shift in std (0: none)", "variance": "variance (1: as normalized)"}
     for axis, (quantity, title) in zip(axes, titles.items(), strict=False):
         cells = [[getattr(layer, quantity)[g] for g in groups] for layer in layers]
-        colours = DIVERGING if quantity == "variance" else COLOURS
-        _heat_map(axis, cells, groups, scales[quantity], number, colours)
+        _heat_map(axis, cells, groups, scales[quantity], number)
         axis.set_title(title, fontsize=9)
         axis.set_yticks(range(len(layers)), [""] * len(layers))
     axes[0].set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=8)
@@ -189,7 +211,7 @@ def _shares(axis: Any, one: Inspected) -> None:
     layers, groups = one.inspection.layers, one.inspection.groups
     cells = [[100 * x.shares[g][k] if x.shares else math.nan for k, g in columns] for x in layers]
     names = [g for _, g in columns]
-    _heat_map(axis, cells, names, (0.0, 100.0), "{:.0f}".format)
+    _heat_map(axis, cells, names, Scale(0.0, 100.0), "{:.0f}".format)
     for k in range(1, len(columns) // len(groups)):
         axis.axvline(k * len(groups) - 0.5, color="black", linewidth=1.5)
     axis.set_title("share of each component in %", fontsize=9)
@@ -204,12 +226,10 @@ def _heat_map(
     axis: Any,
     cells: list[list[float]],
     columns: Sequence[str],
-    scale: tuple[float, float],
+    scale: Scale,
     shown: Callable[[float], str],
-    colours: str = COLOURS,
 ) -> None:
-    low, high = scale
-    image = axis.imshow(cells, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    image = axis.imshow(cells, aspect="auto", **scale.drawn)
     axis.set_xticks(range(len(columns)), columns, fontsize=8)
     axis.tick_params(length=0)
     if len(columns) > MOST_NUMBERS:
@@ -218,9 +238,7 @@ def _heat_map(
         return
     for i, row in enumerate(cells):
         for j, value in enumerate(row):
-            level = (value - low) / (high - low)
-            dark = level > 0.6 if colours == COLOURS else abs(level - 0.5) > 0.35
-            colour = "white" if dark else "black"
+            colour = "white" if scale.dark(value) else "black"
             axis.text(j, i, shown(value), ha="center", va="center", color=colour, fontsize=7)
 
 

@@ -232,17 +232,17 @@ def missing_seeds(blocks: Sequence[Block], runs: Iterable[Run]) -> Iterator[str]
     there = {(labels.row_key(run.result), run.result.seed) for run in runs}
     for block in blocks:
         wanted = sorted({seed for row in block.rows for seed in row.seeds})
-        lacking = {}
+        lacking = []
         for row in block.rows:
             key = labels.row_key(row.first)
             if seeds := [s for s in wanted if s not in row.seeds and (key, s) not in there]:
-                lacking[row.label] = seeds, f"{row.runs[0].directory.parent}/seed{seeds[0]}"
+                lacking.append((row, seeds))
         if not lacking:
             continue
-        seeds, first = next(iter(lacking.values()))
+        row, seeds = lacking[0]
+        told = "lack seeds that others have"
         if len(lacking) == 1:
-            told = f"lacks seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-        else:
-            told = "lack seeds that others have"
+            told = f"lacks seed{'s' if len(seeds) > 1 else ''} {_seeds(seeds)}"
+        first = f"{row.runs[0].directory.parent}/seed{seeds[0]}"
         more = ", …" if len(lacking) > 1 or len(seeds) > 1 else ""
-        yield f"{listed([*lacking])} {told}, of {block.title}: {first}{more}"
+        yield f"{listed([row.label for row, _ in lacking])} {told}, of {block.title}: {first}{more}"
